@@ -1,0 +1,1 @@
+"""Displacement fields (`fields`) and grids in physical space (`spaces`)."""

@@ -1,0 +1,1 @@
+"""Network layers: warping, local correlation, recurrent updates and flow heads."""
