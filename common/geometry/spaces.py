@@ -135,8 +135,11 @@ def array_to_itk(array: np.ndarray, grid: Grid) -> Any:
 
 def _vector_image(data: np.ndarray) -> Any:
     component = itk.D if data.dtype == np.float64 else itk.F
-    image_type = itk.Image[itk.Vector[component, 3], 3]
-    return itk.image_from_array(data, ttype=image_type)
+    image = itk.Image[itk.Vector[component, 3], 3].New()
+    image.SetRegions([int(n) for n in data.shape[2::-1]])
+    image.Allocate()
+    itk.array_view_from_image(image)[...] = data  # `image_from_array` cannot copy vectors of doubles
+    return image
 
 
 def ddf_to_displacement(ddf: Tensor | np.ndarray, grid: Grid) -> np.ndarray:

@@ -1,0 +1,22 @@
+"""Training losses: image similarity, smoothness, label overlap, landmarks and sequences of fields."""
+
+from common.losses.landmarks import LandmarkLoss
+from common.losses.overlap import SoftDiceLoss
+from common.losses.sequence import EndpointErrorLoss, SequenceLoss
+from common.losses.similarity import LocalNCC, MINDSSCLoss, MSELoss, SSIMLoss, mind_ssc
+from common.losses.smoothness import BendingEnergyLoss, GradientLoss, NegativeJacobianLoss
+
+__all__ = [
+    "BendingEnergyLoss",
+    "EndpointErrorLoss",
+    "GradientLoss",
+    "LandmarkLoss",
+    "LocalNCC",
+    "MINDSSCLoss",
+    "MSELoss",
+    "NegativeJacobianLoss",
+    "SSIMLoss",
+    "SequenceLoss",
+    "SoftDiceLoss",
+    "mind_ssc",
+]

@@ -1,0 +1,109 @@
+"""Applying a registration network to images of any size, choosing the grid it works on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from monai.inferers import Inferer
+from torch import Tensor
+
+from common.errors import InputError
+from common.geometry.spaces import Grid
+
+__all__ = ["PaddedInferer", "SequenceInferer", "choose_network_grid"]
+
+
+class PaddedInferer(Inferer):
+    """Pads the pair to the network's stride, runs the network, and crops the field back.
+
+    The border is repeated on both sides, so a voxel displacement needs no correction.
+
+    Args:
+        multiple: sizes become multiples of this.
+        minimum: smallest size along any axis.
+        amp: run the network in float16 on a GPU. On a CPU half precision is slower and never used.
+    """
+
+    def __init__(self, *, multiple: int, minimum: int = 32, amp: bool = False) -> None:
+        super().__init__()
+        self.multiple = multiple
+        self.minimum = minimum
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """(B, 2, D, H, W) of any size -> ddf (B, 3, D, H, W)."""
+        padding: list[int] = []
+        for size in reversed(inputs.shape[2:]):
+            target = max(math.ceil(size / self.multiple) * self.multiple, self.minimum)
+            before = (target - size) // 2
+            padding += [before, target - size - before]
+        padded = F.pad(inputs, padding, mode="replicate") if any(padding) else inputs
+        with torch.autocast(device_type="cuda", enabled=self.amp and inputs.device.type == "cuda"):
+            ddf = network(padded, *args, **kwargs)
+        start = padding[4], padding[2], padding[0]
+        d, h, w = (slice(s, s + n) for s, n in zip(start, inputs.shape[2:], strict=True))
+        return ddf[:, :, d, h, w].float()
+
+
+class SequenceInferer(Inferer):
+    """Asks a network for all its intermediate fields, which training supervises."""
+
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """(B, 2, D, H, W) -> list of ddf (B, 3, D, H, W), coarse to fine."""
+        module = getattr(network, "module", network)  # the network itself where DistributedDataParallel wraps it
+        return module.forward_sequence(inputs, *args, **kwargs)
+
+
+def choose_network_grid(
+    fixed: Grid,
+    *,
+    spacing: float | None = None,
+    bytes_per_voxel: float = 400.0,
+    max_voxels: int = 192**3,
+    device: str | torch.device = "cpu",
+) -> Grid:
+    """The isotropic grid a network registers on: the fixed image's field of view and axes.
+
+    By default as fine as the fixed image (geometric mean of its spacing), coarser where that would exceed
+    `max_voxels` or half of the memory that is free now.
+
+    Args:
+        fixed: the fixed image's grid.
+        spacing: mm; chosen when None.
+        bytes_per_voxel: what a forward pass takes at its peak.
+        max_voxels: upper limit of the choice; an explicit `spacing` may exceed it, but not the memory.
+        device: where the network runs.
+
+    Returns:
+        a grid that covers the fixed image's field of view.
+
+    Raises:
+        InputError: when `spacing` is not positive, or asks for more than the free memory.
+    """
+    free = _free_bytes(torch.device(device))
+    if spacing is not None:
+        if not (isinstance(spacing, int | float) and spacing > 0):
+            raise InputError(f"the network grid's spacing must be a positive number of mm, got {spacing!r}")
+        grid = fixed.with_spacing(float(spacing))
+        needed = math.prod(grid.shape) * bytes_per_voxel
+        if needed > free:
+            raise InputError(
+                f"a network grid of {spacing} mm needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+                "choose a larger spacing"
+            )
+        return grid
+    volume = math.prod(n * float(s) for n, s in zip(fixed.shape, fixed.spacing, strict=True))
+    native = float(fixed.spacing.prod() ** (1 / 3))
+    affordable = min(float(max_voxels), 0.5 * free / bytes_per_voxel)
+    return fixed.with_spacing(max(native, (volume / affordable) ** (1 / 3)))
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)

@@ -1,0 +1,100 @@
+"""Instance optimisation: refining one pair's field by gradient descent on its own similarity.
+
+The Adam stage of ConvexAdam (Siebert et al., 2021), which RWCNet (arXiv 2302.02283) applies to a network's field too.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import InputError
+from common.geometry.fields import resize_ddf
+from common.layers.warp import warp
+from common.losses import LocalNCC, mind_ssc
+
+__all__ = ["InstanceSimilarity", "optimize_instance"]
+
+InstanceSimilarity = Literal["mind", "ncc"]
+
+
+def optimize_instance(
+    image: Tensor,
+    ddf: Tensor,
+    *,
+    iterations: int,
+    similarity: InstanceSimilarity = "mind",
+    smoothness: float = 1.25,
+    learning_rate: float = 1.0,
+    grid_factor: int = 2,
+) -> Tensor:
+    """Refine a field by Adam on a coarser displacement grid.
+
+    Minimises 12 * mean squared difference of the MIND-SSC descriptors (radius 1, dilation 2), or 1 + the local NCC
+    loss, plus `smoothness` times the sum over the axes of the mean squared forward difference of the field.
+
+    Args:
+        image: (2, D, H, W), moving and fixed, in [0, 1].
+        ddf: (3, D, H, W), voxels: where to start.
+        iterations: Adam steps; 0 returns `ddf`.
+        similarity: "mind" (any contrast) or "ncc" (one contrast).
+        smoothness: weight of the diffusion term.
+        learning_rate: voxels of the coarse grid per step, roughly.
+        grid_factor: full-resolution voxels per grid point along each axis.
+
+    Returns:
+        (3, D, H, W), voxels.
+
+    Raises:
+        InputError: for a negative number of iterations or an unknown similarity.
+    """
+    if iterations < 0:
+        raise InputError(f"the number of instance optimisation steps must not be negative, got {iterations}")
+    if similarity not in get_args(InstanceSimilarity):
+        raise InputError(f"instance optimisation by {similarity!r} is unknown; choose mind or ncc")
+    if iterations == 0:
+        return ddf
+    shape = ddf.shape[1:]
+    coarse = [max(4, round(n / grid_factor)) for n in shape]
+    with torch.no_grad():
+        moving, fixed = (_features(channel[None, None], coarse, similarity) for channel in image)
+    local_ncc = LocalNCC(window=5)
+    with torch.enable_grad():
+        parameters = resize_ddf(ddf[None].detach(), coarse).clone().requires_grad_()
+        optimizer = torch.optim.Adam([parameters], lr=learning_rate)
+        for _ in range(iterations):
+            field = _smooth(parameters)
+            warped = warp(moving, field, padding_mode="border")
+            if similarity == "mind":
+                dissimilarity = 12 * (warped - fixed).square().mean()
+            else:
+                dissimilarity = 1 + local_ncc(fixed, warped)
+            loss = dissimilarity + smoothness * _diffusion(field)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return resize_ddf(_smooth(parameters.detach()), shape)[0]
+
+
+def _features(channel: Tensor, coarse: list[int], similarity: InstanceSimilarity) -> Tensor:
+    """(1, 1, D, H, W) -> (1, C, *coarse), on a grid whose corners are the full grid's."""
+    features = mind_ssc(channel, radius=1, dilation=2) if similarity == "mind" else channel
+    averaged = F.avg_pool3d(features, 3, stride=1, padding=1, count_include_pad=False)
+    return F.interpolate(averaged, size=coarse, mode="trilinear", align_corners=True)
+
+
+def _smooth(field: Tensor) -> Tensor:
+    """Two 3^3 mean filters."""
+    for _ in range(2):
+        field = F.avg_pool3d(F.pad(field, (1,) * 6, mode="replicate"), 3, stride=1)
+    return field
+
+
+def _diffusion(field: Tensor) -> Tensor:
+    total = field.new_zeros(())
+    for axis in (2, 3, 4):
+        total = total + field.diff(dim=axis).square().mean()
+    return total

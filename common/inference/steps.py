@@ -1,0 +1,249 @@
+"""The steps of a registration as MONAI dictionary transforms.
+
+Before the network: `LoadPaird`, `AlignPaird`, `SampleNetworkGridd`; after it: `OptimizeInstanced`,
+`FinishRegistrationd`, `WriteRegistrationd`. The dictionary carries, beside the request itself,
+
+- `pair`: `ImagePair`
+- `fixed_to_moving`: (4, 4) array, LPS mm
+- `network_grid`: `Grid`
+- `image`: (2, D, H, W) tensor on the network grid, moving and fixed
+- `pred`: the network's ddf (3, D, H, W) on the network grid; after `FinishRegistrationd` what a server shows
+- `registration`: `Registration`
+- `seconds`: time of each step
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from torch import Tensor
+
+from common.geometry.spaces import Grid, itk_to_array, resample_to_grid, swap_lps_ras
+from common.inference.affine import AffineMode, align_affine
+from common.inference.inferer import choose_network_grid
+from common.inference.instance import InstanceSimilarity, optimize_instance
+from common.inference.output import write_registration
+from common.inference.pair import ImagePair, Registration, load_pair
+from common.inference.weights import file_sha256
+
+__all__ = [
+    "AlignPaird",
+    "FinishRegistrationd",
+    "LoadPaird",
+    "OptimizeInstanced",
+    "SampleNetworkGridd",
+    "WriteRegistrationd",
+]
+
+Data = dict[Hashable, Any]
+
+
+@contextmanager
+def _timed(data: Data, step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    data["seconds"] = {**data.get("seconds", {}), step: time.perf_counter() - start}
+
+
+class LoadPaird(Transform):
+    """Read the pair and all that belongs to it; see `load_pair`.
+
+    Args:
+        modality: "mr", "ct" or "auto".
+    """
+
+    def __init__(self, *, modality: str = "auto") -> None:
+        self.modality = modality
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Data:
+        result = dict(data)
+        with _timed(result, "reading"):
+            result["pair"] = load_pair({str(k): v for k, v in data.items()}, modality=self.modality)
+        return result
+
+
+class AlignPaird(Transform):
+    """The affine stage; see `align_affine`.
+
+    Args:
+        mode: "none", "moments", "rigid" or "affine".
+    """
+
+    def __init__(self, *, mode: AffineMode = "affine") -> None:
+        self.mode = mode
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Data:
+        result = dict(data)
+        pair: ImagePair = result["pair"]
+        with _timed(result, "affine"):
+            result["fixed_to_moving"] = align_affine(
+                pair.fixed_intensity, pair.fixed_grid, pair.moving_intensity, pair.moving_grid, mode=self.mode
+            )
+        return result
+
+
+class SampleNetworkGridd(Transform):
+    """Resample both scans onto the network grid, the moving one through the affine stage.
+
+    Args:
+        spacing: mm of the network grid; chosen by `choose_network_grid` when None.
+        bytes_per_voxel: of a forward pass, for the choice.
+        max_voxels: upper limit of the choice.
+        device: where the network runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        spacing: float | None = None,
+        bytes_per_voxel: float = 400.0,
+        max_voxels: int = 192**3,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.spacing = spacing
+        self.bytes_per_voxel = bytes_per_voxel
+        self.max_voxels = max_voxels
+        self.device = device
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Data:
+        result = dict(data)
+        pair: ImagePair = result["pair"]
+        with _timed(result, "resampling"):
+            grid = choose_network_grid(
+                pair.fixed_grid,
+                spacing=self.spacing,
+                bytes_per_voxel=self.bytes_per_voxel,
+                max_voxels=self.max_voxels,
+                device=self.device,
+            )
+            moving = resample_to_grid(
+                pair.moving_intensity, pair.moving_grid, grid, target_to_source=result["fixed_to_moving"]
+            )
+            fixed = resample_to_grid(pair.fixed_intensity, pair.fixed_grid, grid, padding_mode="border")
+        result["network_grid"] = grid
+        result["image"] = torch.cat([moving, fixed]).to(self.device)
+        # MONAI Label restores its result onto this grid: the fixed image's own.
+        affine = swap_lps_ras(pair.fixed_grid.affine)
+        result["image_meta_dict"] = {
+            "spatial_shape": np.array(pair.fixed_grid.shape),
+            "affine": affine,
+            "original_affine": affine,
+        }
+        return result
+
+
+class OptimizeInstanced(Transform):
+    """Instance optimisation of the network's field; see `optimize_instance`.
+
+    Args:
+        iterations: Adam steps; 0 leaves the field as it is.
+        similarity: "mind" or "ncc".
+        smoothness: weight of the diffusion term.
+    """
+
+    def __init__(
+        self, *, iterations: int = 0, similarity: InstanceSimilarity = "mind", smoothness: float = 1.25
+    ) -> None:
+        self.iterations = iterations
+        self.similarity = similarity
+        self.smoothness = smoothness
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Data:
+        result = dict(data)
+        with _timed(result, "instance_optimization"):
+            result["pred"] = optimize_instance(
+                _unbatched(result["image"]),
+                _unbatched(result["pred"]),
+                iterations=self.iterations,
+                similarity=self.similarity,
+                smoothness=self.smoothness,
+            )
+        return result
+
+
+class FinishRegistrationd(Transform):
+    """Make the transform of both stages from the network's field.
+
+    `pred` becomes the moving label on the fixed image's own grid where there is one, else the warped moving image:
+    what MONAI Label sends back. The field itself is in `registration`.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Data:
+        result = dict(data)
+        grid: Grid = result["network_grid"]
+        with _timed(result, "warping"):
+            registration = Registration(
+                result["pair"],
+                fixed_to_moving=result["fixed_to_moving"],
+                ddf=_unbatched(result["pred"]).detach(),
+                network_grid=grid,
+            )
+            shown = registration.warped if registration.warped_label is None else registration.warped_label
+        result["registration"] = registration
+        result["pred"] = MetaTensor(
+            torch.from_numpy(np.ascontiguousarray(itk_to_array(shown)))[None],
+            affine=torch.from_numpy(swap_lps_ras(registration.pair.fixed_grid.affine)),
+        )
+        return result
+
+
+class WriteRegistrationd(Transform):
+    """Write everything a registration writes; see `write_registration`. Does nothing without an output folder.
+
+    Args:
+        output_dir: the folder, unless the item itself names one under `output_dir`.
+        weights: path of the network's weights, whose fingerprint goes into metrics.json.
+        settings: what metrics.json repeats of the configuration.
+        report: also draw report.png.
+        learn2reg: also write the field in Learn2Reg's form.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_dir: str | None = None,
+        weights: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        report: bool = True,
+        learn2reg: bool = False,
+    ) -> None:
+        self.output_dir = output_dir
+        self.weights = weights
+        self.settings = dict(settings or {})
+        self.report = report
+        self.learn2reg = learn2reg
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Data:
+        result = dict(data)
+        folder = result.get("output_dir") or self.output_dir
+        if not folder:
+            return result
+        result["metrics"] = write_registration(
+            str(folder),
+            result["registration"],
+            seconds=result.get("seconds", {}),
+            settings={
+                **self.settings,
+                "weights_sha256": file_sha256(self.weights) if self.weights else None,
+                "fixed": str(result.get("fixed")),
+                "moving": str(result.get("moving")),
+                "network_grid_shape": list(result["network_grid"].shape),
+                "network_grid_spacing_mm": [round(float(s), 6) for s in result["network_grid"].spacing],
+            },
+            report=self.report,
+            learn2reg=self.learn2reg,
+        )
+        return result
+
+
+def _unbatched(tensor: Tensor) -> Tensor:
+    """A batch of one loses its batch axis: MONAI's evaluator keeps it, MONAI Label drops it."""
+    plain = tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+    return plain[0] if plain.ndim == 5 else plain

@@ -1,0 +1,267 @@
+"""Readers on generated files of each layout, and on the real Decathlon folder."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common.data.readers import (
+    read_datalist,
+    read_decathlon,
+    read_keypoints,
+    read_learn2reg,
+    read_learn2reg_pairs,
+    read_pairs,
+    split_items,
+)
+from common.errors import InputError
+
+
+def volume(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4)), path)
+
+
+@pytest.fixture
+def oasis(tmp_path: Path) -> Path:
+    """Learn2Reg OASIS: unpaired, labels, validation scans listed under training as well."""
+    names = [f"OASIS_{n:04d}_0000.nii.gz" for n in (1, 2, 3, 395, 396, 397)]
+    for name in names:
+        volume(tmp_path / "imagesTr" / name)
+        volume(tmp_path / "labelsTr" / name)
+        volume(tmp_path / "masksTr" / name)  # not named in the json
+    content = {
+        "name": "OASIS",
+        "pairings": "unpaired",
+        "registration_direction": {"fixed": 0, "moving": 0},
+        "modality": {"0": "MR"},
+        "tensorImageSize": {"0": "3D"},
+        "tensorImageShape": {"0": [160, 224, 192]},
+        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
+        "registration_val": [{"fixed": f"./imagesTr/{a}", "moving": f"./imagesTr/{b}"} for a, b in pairwise(names[3:])],
+        "test": [],
+    }
+    (tmp_path / "OASIS_dataset.json").write_text(json.dumps(content))
+    return tmp_path / "OASIS_dataset.json"
+
+
+@pytest.fixture
+def nlst(tmp_path: Path) -> Path:
+    """Learn2Reg NLST: two scans a patient, masks, key points listed as .nii.gz though they are .csv."""
+    training, pairs = [], []
+    for case in (1, 2, 101):
+        for time in (0, 1):
+            name = f"NLST_{case:04d}_{time:04d}"
+            volume(tmp_path / "imagesTr" / f"{name}.nii.gz")
+            volume(tmp_path / "masksTr" / f"{name}.nii.gz")
+            (tmp_path / "keypointsTr").mkdir(exist_ok=True)
+            (tmp_path / "keypointsTr" / f"{name}.csv").write_text(f"1.5,2,{case}\n3,4,{time}\n")
+            training.append(
+                {
+                    "image": f"./imagesTr/{name}.nii.gz",
+                    "mask": f"./masksTr/{name}.nii.gz",
+                    "keypoints": f"./keypointsTr/{name}.nii.gz",
+                }
+            )
+        pairs.append({role: f"./imagesTr/NLST_{case:04d}_{t:04d}.nii.gz" for t, role in enumerate(("fixed", "moving"))})
+    content = {
+        "name": "NLST",
+        "pairings": "paired",
+        "tensorImageShape": {"0": [224, 192, 224]},
+        "training": training,
+        "training_paired_images": pairs,
+        "registration_val": [{role: path.removeprefix("./") for role, path in pairs[-1].items()}],
+    }
+    (tmp_path / "NLST_dataset.json").write_text(json.dumps(content))
+    return tmp_path / "NLST_dataset.json"
+
+
+def test_oasis(oasis: Path) -> None:
+    items = read_learn2reg(oasis)
+    assert [Path(item["image"]).name for item in items] == [f"OASIS_{n:04d}_0000.nii.gz" for n in (1, 2, 3)]
+    assert items[0] == {
+        key: str(oasis.parent / folder / "OASIS_0001_0000.nii.gz")
+        for key, folder in (("image", "imagesTr"), ("label", "labelsTr"), ("mask", "masksTr"))
+    }
+    assert len(read_learn2reg(oasis, exclude_validation=False)) == 6
+    assert [Path(item["image"]).name[6:10] for item in read_learn2reg(oasis, "val")] == ["0395", "0396", "0397"]
+    pairs = read_learn2reg_pairs(oasis)
+    assert [(Path(p["fixed"]).name[6:10], Path(p["moving"]).name[6:10]) for p in pairs] == [
+        ("0395", "0396"),
+        ("0396", "0397"),
+    ]
+    assert pairs[0]["moving_label"] == str(oasis.parent / "labelsTr" / "OASIS_0396_0000.nii.gz")
+    assert pairs[0]["id"] == "OASIS_0396_0000_to_OASIS_0395_0000"
+    assert read_datalist(oasis.parent) == read_datalist(oasis) == items
+
+
+def test_nlst(nlst: Path) -> None:
+    items = read_learn2reg(nlst)
+    assert [item["group"] for item in items] == ["NLST_0001"] * 2 + ["NLST_0002"] * 2
+    assert items[0]["keypoints"] == str(nlst.parent / "keypointsTr" / "NLST_0001_0000.csv")
+    assert "label" not in items[0]
+    assert len(read_learn2reg_pairs(nlst, "training_paired_images")) == 2
+    assert len(read_learn2reg_pairs(nlst, "training_paired_images", exclude_validation=False)) == 3
+    (pair,) = read_learn2reg_pairs(nlst, "registration_val")
+    roles = {f"{role}{key}" for role in ("fixed", "moving") for key in ("", "_mask", "_keypoints")}
+    assert set(pair) == roles | {"id"}
+    np.testing.assert_array_equal(read_keypoints(pair["moving_keypoints"]), [[1.5, 2, 101], [3, 4, 1]])
+
+
+def test_learn2reg_errors(nlst: Path) -> None:
+    with pytest.raises(InputError, match=r"NLST_dataset.json': it has no list 'registration_test'.*training"):
+        read_learn2reg_pairs(nlst, "registration_test")
+    with pytest.raises(InputError, match="entry 1 of 'training': it is not a pair"):
+        read_learn2reg_pairs(nlst, "training")
+    (nlst.parent / "masksTr" / "NLST_0002_0001.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"entry 4 of 'training': 'mask' is no file.*NLST_0002_0001"):
+        read_learn2reg(nlst)
+
+
+@pytest.mark.data
+def test_real_decathlon_folder(shared_data: Path) -> None:
+    folder = shared_data / "Task04_Hippocampus"
+    items = read_decathlon(folder)
+    assert len(items) == 200
+    assert items == read_datalist(folder) == read_datalist(folder / "dataset.json")
+    assert all(set(item) == {"image", "label"} and Path(item["label"]).is_absolute() for item in items)
+    train, validation = split_items(items, 40)
+    assert (len(train), len(validation)) == (160, 40)
+    assert train + validation == items
+    assert split_items(items, 0.2) == (train, validation)
+
+
+def test_split_keeps_patients_on_one_side() -> None:
+    # listed by time, not by patient: a plain cut would put each patient on both sides
+    items = [{"image": f"{p}_{t}", "group": p} for t in "01" for p in "abcd"]
+    train, validation = split_items(items, 2)
+    assert {item["group"] for item in validation} == {"c", "d"}
+    assert {item["group"] for item in train} == {"a", "b"}
+    assert len(validation) == 4
+    with pytest.raises(InputError, match="nothing is left"):
+        split_items(items, 4)
+    for bad in (8, -1, 1.0, 9):
+        with pytest.raises(InputError, match="aside"):
+            split_items(items, bad)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    for name in ("s1/T1.nii.gz", "s2/T1.nii.gz", "s3/T1.nii.gz", "a.nii.gz", "b.nii.gz", "a_seg.nii.gz", "p.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_pairs_csv_and_json_agree(scans: Path) -> None:
+    (scans / "pairs.csv").write_bytes(
+        "fixed, moving,fixed_label,id\r\n"
+        "a.nii.gz,b.nii.gz,a_seg.nii.gz,first\r\n\r\n"
+        "s1/T1.nii.gz,s2/T1.nii.gz,,\r\n"
+        "s1/T1.nii.gz,s3/T1.nii.gz,,\r\n".encode("utf-8-sig")
+    )
+    (scans / "pairs.json").write_text(
+        json.dumps(
+            [
+                {"fixed": "a.nii.gz", "moving": str(scans / "b.nii.gz"), "fixed_label": "a_seg.nii.gz", "id": "first"},
+                {"fixed": "s1/T1.nii.gz", "moving": "s2/T1.nii.gz", "moving_mask": None},
+                {"fixed": "s1/../s1/T1.nii.gz", "moving": "s3/T1.nii.gz"},
+            ]
+        )
+    )
+    pairs = read_pairs(scans / "pairs.csv")
+    assert pairs == read_pairs(scans / "pairs.json")
+    assert pairs[0] == {
+        "fixed": str(scans / "a.nii.gz"),
+        "moving": str(scans / "b.nii.gz"),
+        "fixed_label": str(scans / "a_seg.nii.gz"),
+        "id": "first",
+    }
+    assert [pair["id"] for pair in pairs] == ["first", "T1_to_T1", "T1_to_T1_2"]
+
+
+def test_derived_id_avoids_a_given_one_of_a_later_row(scans: Path) -> None:
+    (scans / "pairs.csv").write_text("fixed,moving,id\na.nii.gz,b.nii.gz,\nb.nii.gz,a.nii.gz,b_to_a\n")
+    assert [pair["id"] for pair in read_pairs(scans / "pairs.csv")] == ["b_to_a_2", "b_to_a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fixed,id\na.nii.gz,x\n", "'moving' is missing"),
+        ("fixed,moving,fixed_lable\na.nii.gz,b.nii.gz,a_seg.nii.gz\n", "row 2: unknown column or key 'fixed_lable'"),
+        ("fixed,moving\na.nii.gz,b.nii.gz\na.nii.gz,c.nii.gz\n", r"row 3: 'moving' is no file: .*c\.nii\.gz"),
+        ("fixed,moving\na.nii.gz,b.nii.gz\n,b.nii.gz\n", "row 3: no value for 'fixed'"),
+        ("fixed,moving\na.nii.gz\n", "row 2: 1 cells for 2 columns"),
+        ("fixed,fixed\na.nii.gz,b.nii.gz\n", "row 1: a column has no name"),
+        ("fixed,moving\n", "the list is empty"),
+        ("", "the list is empty"),
+        ("fixed,moving,id\na.nii.gz,b.nii.gz,x\nb.nii.gz,a.nii.gz,x\n", "row 3: the id 'x' is also that of row 2"),
+        ("fixed,moving,id\na.nii.gz,b.nii.gz,../x\n", "row 2: the id '../x' is not usable"),
+        ('fixed,moving\n"a.nii.gz,b.nii.gz\n', "broken CSV"),
+    ],
+)
+def test_csv_errors(scans: Path, text: str, message: str) -> None:
+    (scans / "list.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_pairs(scans / "list.csv")
+    assert "list.csv" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{]", "line 1: broken JSON"),
+        ("[]", "the list is empty"),
+        ('{"fixed": "a.nii.gz"}', "JSON list of objects"),
+        ('["a.nii.gz"]', "entry 1: it is not an object"),
+        ('[{"fixed": "a.nii.gz", "moving": ["b.nii.gz"]}]', "entry 1: 'moving' is not a text"),
+    ],
+)
+def test_json_errors(scans: Path, text: str, message: str) -> None:
+    (scans / "list.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_pairs(scans / "list.json")
+
+
+def test_list_file_errors(scans: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.csv': no such file"):
+        read_pairs(scans / "none.csv")
+    with pytest.raises(InputError, match=r"is a \.csv or a \.json file"):
+        read_pairs(scans / "a.nii.gz")
+    (scans / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a text file"):
+        read_pairs(scans / "bytes.csv")
+    with pytest.raises(InputError, match="it has none"):
+        read_datalist(scans)
+
+
+def test_datalist_of_scans_and_of_pairs(scans: Path) -> None:
+    (scans / "scans.csv").write_text("image,label,group\na.nii.gz,a_seg.nii.gz,7\nb.nii.gz,a_seg.nii.gz,7\n")
+    items = read_datalist(scans / "scans.csv")
+    assert items[1] == {"image": str(scans / "b.nii.gz"), "label": str(scans / "a_seg.nii.gz"), "group": "7"}
+    (scans / "pairs.json").write_text('[{"fixed": "a.nii.gz", "moving": "b.nii.gz", "fixed_keypoints": "p.csv"}]')
+    assert read_datalist(scans / "pairs.json")[0]["fixed_keypoints"] == str(scans / "p.csv")
+    (scans / "bad.csv").write_text("picture\na.nii.gz\n")
+    with pytest.raises(InputError, match="unknown column or key 'picture'"):
+        read_datalist(scans / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1,2,3\n1,2\n", "row 2: key points have 3 comma-separated columns, not 2"),
+        ("x,y,z\n1,2,3\n", "row 1: 'x,y,z' is not three numbers"),
+        ("1,2,nan\n", "row 1: .* finite"),
+        ("\n", "no key points"),
+    ],
+)
+def test_keypoint_errors(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "points.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_keypoints(tmp_path / "points.csv")
