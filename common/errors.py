@@ -6,7 +6,7 @@ catches the type. Anything else that escapes is a defect of this project.
 
 from __future__ import annotations
 
-__all__ = ["InputError", "OutputError", "RegistrationError"]
+__all__ = ["InputError", "OutputError", "RegistrationError", "find_registration_error"]
 
 
 class RegistrationError(ValueError):
@@ -19,3 +19,14 @@ class InputError(RegistrationError):
 
 class OutputError(RegistrationError):
     """Results cannot be written; the message names the path and the problem."""
+
+
+def find_registration_error(error: BaseException | None) -> RegistrationError | None:
+    """The typed error below the RuntimeErrors that MONAI's transforms and configs wrap around it."""
+    while error is not None:
+        if isinstance(error, RegistrationError):
+            return error
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return InputError("the memory does not suffice; choose a larger spacing or a smaller size")
+        error = error.__cause__
+    return None

@@ -1,0 +1,20 @@
+"""Pairs of scans: readers of data set layouts, pairing, generated pairs and the demonstration phantom."""
+
+from common.data.pairs import PairDataset
+from common.data.readers import read_datalist, read_decathlon, read_learn2reg, read_learn2reg_pairs, read_pairs
+from common.data.synthetic import SyntheticPairs, SyntheticRecipe, generate_pair
+from common.data.training import TrainingPairs, TrainingScans
+
+__all__ = [
+    "PairDataset",
+    "SyntheticPairs",
+    "SyntheticRecipe",
+    "TrainingPairs",
+    "TrainingScans",
+    "generate_pair",
+    "read_datalist",
+    "read_decathlon",
+    "read_learn2reg",
+    "read_learn2reg_pairs",
+    "read_pairs",
+]

@@ -155,9 +155,7 @@ class SyntheticPairs(Dataset):
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        generator = torch.Generator(self.device).manual_seed(
-            (self.seed * 1_000_003 + self.epoch) * 1_000_003 + index
-        )
+        generator = torch.Generator(self.device).manual_seed((self.seed * 1_000_003 + self.epoch) * 1_000_003 + index)
         item: dict[str, Any] = generate_pair(self.shape, generator=generator, recipe=self.recipe)
         return self.transform(item) if self.transform else item
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.layers.warp import warp
+from common.layers.warp import sample_at, warp
 
 __all__ = [
     "Grid",
@@ -204,7 +204,4 @@ def sample_points(ddf: Tensor, points: Tensor) -> Tensor:
     Returns:
         (N, 3), differentiable with respect to the field.
     """
-    relative = points.T.reshape(1, 3, -1, 1, 1).to(ddf)
-    offset = torch.arange(points.shape[0], device=ddf.device, dtype=ddf.dtype).view(1, -1, 1, 1)
-    relative = torch.cat([relative[:, :1] - offset[:, None], relative[:, 1:]], dim=1)
-    return warp(ddf[None], relative, padding_mode="border")[0, :, :, 0, 0].T
+    return sample_at(ddf[None], points.to(ddf))

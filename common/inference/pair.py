@@ -204,4 +204,3 @@ class Registration:
     def deformation_ddf(self) -> Tensor:
         """(1, 3, D, H, W), voxels of the fixed grid: the deformable stage alone."""
         return displacement_to_ddf(self.deformation, self.pair.fixed_grid)[None]
-

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from common.data.readers import read_pairs
-from common.errors import InputError, RegistrationError
+from common.errors import InputError, RegistrationError, find_registration_error
 from common.inference.output import METRICS_FILE
 from common.inference.weights import load_weights
 from common.io import atomic_path, check_output_dir
@@ -185,7 +185,7 @@ class RegistrationRun:
         try:
             self.evaluator.run()
         except Exception as error:
-            cause = _registration_error(error)
+            cause = find_registration_error(error)
             if cause is None:
                 raise
             raise cause from error
@@ -205,17 +205,6 @@ class RegistrationRun:
 
 def _as_is(item: Any) -> Any:
     return item
-
-
-def _registration_error(error: BaseException | None) -> RegistrationError | None:
-    """The typed error below the RuntimeErrors that MONAI's transforms wrap around it."""
-    while error is not None:
-        if isinstance(error, RegistrationError):
-            return error
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return InputError("the memory does not suffice for this pair; choose a larger --spacing")
-        error = error.__cause__
-    return None
 
 
 def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

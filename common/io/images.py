@@ -22,6 +22,7 @@ from common.io.nifti import (
     is_nifti_complete,
     is_sheared_nifti,
     read_nifti_header,
+    read_nifti_voxels,
 )
 from common.io.quiet import quiet_itk
 
@@ -181,8 +182,6 @@ def _read_volume(path: Path, component: Any) -> Any:
         problem = describe_nifti_problem(header)
         if problem:
             raise InputError(f"{path} {problem}")
-        if not is_nifti_complete(path, header):
-            raise InputError(f"{path} is cut short or damaged: voxels are missing at its end")
     sheared = InputError(f"{path} has an affine with shear, whose axes are not at right angles; resample it first")
     with quiet_itk():
         try:
@@ -192,14 +191,27 @@ def _read_volume(path: Path, component: Any) -> Any:
             reader.SetFileName(str(path))
             reader.ReadImageInformation()
             _check_geometry(path, reader)
-            image = itk.imread(str(path), component)
+            if header is None:
+                return itk.imread(str(path), component)
         except RuntimeError as error:
             if "orthonormal" in str(error):
                 raise sheared from error
             raise InputError(f"{path} cannot be read: it is cut short, damaged or lacks its data file") from error
-    if header is not None and is_sheared_nifti(header, grid_of(image)):
+    grid = _grid_of_file(reader)
+    if is_sheared_nifti(header, grid):
         raise sheared
-    return image
+    voxels = read_nifti_voxels(path, header)
+    if voxels is None:
+        raise InputError(f"{path} is cut short or damaged: voxels are missing at its end")
+    return array_to_itk(voxels.astype(np.float64 if component is itk.D else np.float32), grid)
+
+
+def _grid_of_file(reader: Any) -> Grid:
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([reader.GetDirection(i) for i in range(3)]).T * [reader.GetSpacing(i) for i in range(3)]
+    affine[:3, 3] = [reader.GetOrigin(i) for i in range(3)]
+    shape = [int(reader.GetDimensions(i)) for i in range(3)]
+    return Grid((shape[0], shape[1], shape[2]), affine)
 
 
 def _check_geometry(path: Path, reader: Any) -> None:

@@ -134,12 +134,12 @@ def _parse_fcsv(path: Path, text: str) -> np.ndarray:
 
 
 def _parse_markups(path: Path, text: str) -> np.ndarray:
-    """Slicer's markups, schema https://raw.githubusercontent.com/slicer/slicer (markups-schema-v1.0.x.json)."""
+    """Slicer's markups, as in Slicer's markups-schema-v1.0.3.json."""
     try:
         (markup,) = json.loads(text)["markups"]
         points = [point["position"] for point in markup["controlPoints"]]
         system = str(markup.get("coordinateSystem", "LPS"))
-        array = np.array(points, dtype=np.float64).reshape(-1, 3)
+        array = np.array([[float(x), float(y), float(z)] for x, y, z in points], dtype=np.float64).reshape(-1, 3)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} is not a Slicer markups file with one list of placed points") from None
     return array * _sign(path, system)

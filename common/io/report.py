@@ -124,7 +124,8 @@ def write_report(
             if label is not None:
                 for column in shown_on:
                     outline = _outline(views.cut(label, plane), sheet.width_in_pixels(row), color)
-                    cells[column].imshow(outline, aspect="auto", extent=cells[column].images[0].get_extent())
+                    extent = cells[column].images[0].get_extent()
+                    cells[column].imshow(outline, aspect="auto", extent=extent, interpolation="nearest")
         if row == 0:
             for cell, name in zip(cells, names, strict=True):
                 sheet.head(cell, name)
@@ -285,7 +286,10 @@ def _otsu(volume: np.ndarray) -> float:
 
 def _outline(label: np.ndarray, pixels: float, color: tuple[float, float, float, float]) -> np.ndarray:
     """(rows, columns, 4) picture of the borders between labels, about one screen pixel wide."""
-    factor = max(1, round(pixels / label.shape[1]))
+    # Never finer than the screen, where lines would fade or vanish.
+    step = math.ceil(label.shape[1] / pixels)
+    label = label[::step, ::step]
+    factor = max(1, int(pixels // label.shape[1]))
     fine = label.repeat(factor, axis=0).repeat(factor, axis=1)
     border = np.zeros(fine.shape, dtype=bool)
     border[1:] |= fine[1:] != fine[:-1]

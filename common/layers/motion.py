@@ -36,7 +36,9 @@ class MotionEncoder(nn.Module):
         self.correlation = nn.Sequential(
             nn.Conv3d(correlation_channels, c1, 1), activation, nn.Conv3d(c1, c2, 3, padding=1), activation
         )
-        self.flow = nn.Sequential(nn.Conv3d(3, f1, 7, padding=3), activation, nn.Conv3d(f1, f2, 3, padding=1), activation)
+        self.flow = nn.Sequential(
+            nn.Conv3d(3, f1, 7, padding=3), activation, nn.Conv3d(f1, f2, 3, padding=1), activation
+        )
         self.fuse = nn.Sequential(nn.Conv3d(c2 + f2, out_channels - 3, 3, padding=1), activation)
 
     def forward(self, correlation: Tensor, ddf: Tensor) -> Tensor:

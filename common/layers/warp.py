@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["warp"]
+__all__ = ["sample_at", "warp"]
 
 # Below this many output voxels a second thread costs more than it brings.
 _MIN_VOXELS_PER_SLAB = 32_768
@@ -44,6 +44,23 @@ def warp(image: Tensor, ddf: Tensor, *, mode: str = "bilinear", padding_mode: st
         grid = _sampling_grid(ddf.float(), image.shape[2:])  # (B, D', H', W', 3)
         warped = _sample(image.float(), grid, mode, padding_mode)
     return warped.to(image.dtype)
+
+
+def sample_at(image: Tensor, points: Tensor) -> Tensor:
+    """Trilinear values of an image at points; beyond the border, the border's value.
+
+    Args:
+        image: (1, C, D, H, W).
+        points: (N, 3) voxel coordinates along the tensor axes.
+
+    Returns:
+        (N, C) float32, differentiable with respect to both.
+    """
+    size = points.new_tensor([max(n - 1, 1) for n in image.shape[2:]])
+    grid = (2 * points / size - 1).flip(-1).view(1, -1, 1, 1, 3)
+    with torch.autocast(device_type=image.device.type, enabled=False):
+        values = F.grid_sample(image.float(), grid.float(), padding_mode="border", align_corners=True)
+    return values[0, :, :, 0, 0].T
 
 
 def _sampling_grid(ddf: Tensor, image_shape: torch.Size) -> Tensor:

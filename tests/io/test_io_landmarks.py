@@ -65,7 +65,7 @@ def test_slicer_forms(tmp_path: Path, system: str, sign: int) -> None:
         ("empty.txt", "# nothing\n", "no landmarks"),
         ("bad.mrk.json", "{}", "markups"),
         ("broken.mrk.json", "{", "markups"),
-        ("flat.mrk.json", markups(POINTS[:, :2], "LPS"), "markups"),
+        ("flat.mrk.json", markups(np.ones((3, 2)), "LPS"), "markups"),
         ("ijk.fcsv", FCSV.format(*POINTS.ravel(), system="IJK"), "IJK"),
         ("short.fcsv", "n_0,1\n", "line 1"),
     ],

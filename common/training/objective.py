@@ -1,0 +1,108 @@
+"""What a registration network is trained to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import InputError
+from common.layers.warp import warp
+from common.losses import EndpointErrorLoss, GradientLoss, LandmarkLoss, SequenceLoss, SoftDiceLoss
+
+__all__ = ["RegistrationObjective", "Supervision"]
+
+Supervision = Literal["auto", "field", "similarity"]
+
+
+class RegistrationObjective(nn.Module):
+    """Weighted sum of the field's, image's, labels' and landmarks' error and of the field's roughness.
+
+    Applied to every estimate of a network that makes a sequence of them, later ones weighing more: ReCorr's
+    gamma-weighted loss.
+
+    Args:
+        supervision: "field": distance to the exact field of generated pairs; "similarity": of the warped to the fixed
+            image; "auto": the field where the pair has an exact one, else the similarity.
+        similarity: image loss, called as similarity(fixed, warped).
+        smoothness: field loss, called as smoothness(ddf).
+        smoothness_weight: its weight.
+        labels: label values for the soft Dice loss, which needs labelled pairs.
+        label_weight: weight of the soft Dice loss; 0 leaves it out.
+        landmark_weight: weight of the landmarks' TRE in mm; 0 leaves it out.
+        spacing: mm of the training grid, for the TRE.
+        background_weight: weight of voxels without visible correspondence in the field's error.
+        gamma: weight of an estimate relative to its successor.
+    """
+
+    def __init__(
+        self,
+        *,
+        similarity: nn.Module,
+        smoothness: nn.Module | None = None,
+        supervision: Supervision = "auto",
+        smoothness_weight: float = 1.0,
+        labels: Sequence[int] = (),
+        label_weight: float = 0.0,
+        landmark_weight: float = 0.0,
+        spacing: Sequence[float] = (1.0, 1.0, 1.0),
+        background_weight: float = 0.1,
+        gamma: float = 0.8,
+    ) -> None:
+        super().__init__()
+        self.supervision = supervision
+        self.similarity = similarity
+        self.smoothness = smoothness or GradientLoss(penalty="l2")
+        self.smoothness_weight = smoothness_weight
+        self.field_error = EndpointErrorLoss()
+        self.soft_dice = SoftDiceLoss(labels) if label_weight else None
+        self.label_weight = label_weight
+        self.landmark_error = LandmarkLoss() if landmark_weight else None
+        self.landmark_weight = landmark_weight
+        self.spacing = tuple(spacing)
+        self.background_weight = background_weight
+        self.sequence = SequenceLoss(self.estimate_loss, gamma=gamma)
+
+    def forward(self, estimates: Tensor | Sequence[Tensor], pair: Mapping[str, Any]) -> Tensor:
+        """Loss of a network's estimates.
+
+        Args:
+            estimates: one ddf (B, 3, D, H, W) or a sequence from first to last.
+            pair: `image` (B, 2, D, H, W), and what the chosen terms need: `ddf` and `mask`, `fixed_label` and
+                `moving_label`, `fixed_keypoints` and `moving_keypoints`.
+
+        Returns:
+            scalar.
+
+        Raises:
+            InputError: when the pair lacks what a term needs.
+        """
+        return self.sequence(estimates, pair)
+
+    def estimate_loss(self, ddf: Tensor, pair: Mapping[str, Any]) -> Tensor:
+        """The same for a single estimate."""
+        exact = self.supervision == "field" or (self.supervision == "auto" and "ddf" in pair)
+        if exact:
+            mask = _needed(pair, "mask", "an exact field").to(ddf)
+            weight = self.background_weight + (1 - self.background_weight) * mask
+            loss = self.field_error(ddf, _needed(pair, "ddf", "an exact field"), weight)
+        else:
+            moving, fixed = torch.split(pair["image"], 1, dim=1)
+            loss = self.similarity(fixed, warp(moving, ddf, padding_mode="zeros"))
+        if self.smoothness_weight:
+            loss = loss + self.smoothness_weight * self.smoothness(ddf)
+        if self.soft_dice is not None:
+            labels = (_needed(pair, key, "labels") for key in ("fixed_label", "moving_label"))
+            loss = loss + self.label_weight * self.soft_dice(*labels, ddf)
+        if self.landmark_error is not None:
+            points = (_needed(pair, key, "key points") for key in ("fixed_keypoints", "moving_keypoints"))
+            loss = loss + self.landmark_weight * self.landmark_error(*points, ddf, self.spacing)
+        return loss
+
+
+def _needed(pair: Mapping[str, Any], key: str, what: str) -> Tensor:
+    if key not in pair:
+        raise InputError(f"training or validation with {what} needs pairs that have it; '{key}' is missing")
+    return pair[key]
