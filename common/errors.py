@@ -6,7 +6,10 @@ catches the type. Anything else that escapes is a defect of this project.
 
 from __future__ import annotations
 
-__all__ = ["InputError", "OutputError", "RegistrationError", "find_registration_error"]
+import sys
+from types import TracebackType
+
+__all__ = ["InputError", "OutputError", "RegistrationError", "find_registration_error", "report_plainly"]
 
 
 class RegistrationError(ValueError):
@@ -30,3 +33,19 @@ def find_registration_error(error: BaseException | None) -> RegistrationError | 
             return InputError("the memory does not suffice; choose a larger spacing or a smaller size")
         error = error.__cause__
     return None
+
+
+def report_plainly() -> None:
+    """From now on a `RegistrationError` that ends the program is printed as one sentence, without a traceback.
+
+    For errors that arise while MONAI builds the objects of a config, before anything of ours runs.
+    """
+    sys.excepthook = _print_sentence
+
+
+def _print_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    cause = find_registration_error(error)
+    if cause is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"error: {cause}", file=sys.stderr)

@@ -138,7 +138,7 @@ class SyntheticPairs(Dataset):
         self.length = length
         self.shape = tuple(shape)
         self.seed = seed
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in (recipe or {}).items()}
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (recipe or {}).items()}
         self.recipe = SyntheticRecipe(**options)
         self.device = torch.device(device)
         self.transform = transform

@@ -93,8 +93,8 @@ def choose_network_grid(
         needed = math.prod(grid.shape) * bytes_per_voxel
         if needed > free:
             raise InputError(
-                f"a network grid of {spacing} mm needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-                "choose a larger spacing"
+                f"a network grid of {spacing} mm needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+                "free; choose a larger spacing"
             )
         return grid
     volume = math.prod(n * float(s) for n, s in zip(fixed.shape, fixed.spacing, strict=True))

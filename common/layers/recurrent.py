@@ -31,8 +31,8 @@ class ConvGRU(nn.Module):
         tied_gates: bool = False,
     ) -> None:
         super().__init__()
-        kernel = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
-        padding = tuple(k // 2 for k in kernel)
+        kd, kh, kw = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
+        kernel, padding = (kd, kh, kw), (kd // 2, kh // 2, kw // 2)
         channels = hidden_channels + input_channels
         self.update_gate = nn.Conv3d(channels, hidden_channels, kernel, padding=padding)
         self.reset_gate = None if tied_gates else nn.Conv3d(channels, hidden_channels, kernel, padding=padding)

@@ -82,8 +82,8 @@ def _hd95(ddf: Tensor, pair: Mapping[str, Tensor], spacing: tuple[float, ...]) -
 
 
 def _tre(ddf: Tensor, pair: Mapping[str, Tensor], spacing: tuple[float, ...]) -> float:
-    points = [_needed(pair, key, "key points")[0].cpu() for key in ("fixed_keypoints", "moving_keypoints")]
-    errors = tre_mm(*points, ddf[0].cpu(), spacing)
+    fixed, moving = (_needed(pair, key, "key points")[0].cpu() for key in ("fixed_keypoints", "moving_keypoints"))
+    errors = tre_mm(fixed, moving, ddf[0].cpu(), spacing)
     return sum(errors) / len(errors)
 
 

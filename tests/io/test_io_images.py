@@ -10,7 +10,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from common.errors import InputError, OutputError
 from common.geometry.spaces import Grid, array_to_itk, grid_of, itk_to_array, swap_lps_ras

@@ -9,7 +9,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 import torch
 from scipy.ndimage import map_coordinates
 

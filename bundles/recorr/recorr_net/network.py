@@ -120,7 +120,8 @@ class ReCorr(nn.Module):
     """Recurrent dynamic correlation network. 716,342 parameters with the defaults.
 
     Args:
-        iterations: recurrent steps at 1/16, 1/8, 1/4 and 1/2 of the resolution.
+        iterations: recurrent steps at 1/16, 1/8, 1/4 and 1/2 of the resolution. A level with 0 steps only hands the
+            field on: (3, 3, 2, 0) trains the coarse levels at a third of the cost.
         diffeomorphic: replace the field by its exponential after every update (the paper's optional mode); the next
             update is added to the exponentiated field.
         final_init: initialisation of the last convolution, see `FinalFlow`.
@@ -136,8 +137,8 @@ class ReCorr(nn.Module):
         final_init: Literal["default", "identity"] = "default",
     ) -> None:
         super().__init__()
-        if len(iterations) != 4 or min(iterations) < 1:
-            raise ValueError(f"iterations must be four positive numbers, for 1/16, 1/8, 1/4 and 1/2, got {iterations}")
+        if len(iterations) != 4 or min(iterations) < 0:
+            raise ValueError(f"iterations must be four numbers, for 1/16, 1/8, 1/4 and 1/2, got {iterations}")
         self.iterations = tuple(iterations)
         self.diffeomorphic = diffeomorphic
         self.encoder = FeatureEncoder()
