@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from common.geometry.fields import exponentiate, resize_ddf
 from common.layers.warp import warp
 
-__all__ = ["SyntheticPairs", "SyntheticRecipe", "generate_pair"]
+__all__ = ["SyntheticPairs", "SyntheticRecipe", "generate_pair", "random_field"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,12 @@ def generate_pair(
         "fixed_label": fixed_label,
         "mask": _points_inside(ddf) * (fixed_label > 0),
     }
+
+
+def random_field(shape: Sequence[int], *, generator: torch.Generator, recipe: SyntheticRecipe | None = None) -> Tensor:
+    """Draw a field alone: (3, D, H, W), voxels; random diffeomorphism, then random affine about the centre."""
+    size = (int(shape[0]), int(shape[1]), int(shape[2]))
+    return _random_field(size, recipe or SyntheticRecipe(), _Draw(generator))
 
 
 class SyntheticPairs(Dataset):

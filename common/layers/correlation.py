@@ -74,6 +74,10 @@ def local_correlation(
         )
     if metric not in ("dot", "ssd", "sad"):
         raise ValueError(f"metric must be dot, ssd or sad, got {metric!r}")
+    if padding not in ("replicate", "zeros"):
+        raise ValueError(f"padding must be replicate or zeros, got {padding!r}")
+    if order not in ("dhw", "whd"):
+        raise ValueError(f"order must be dhw or whd, got {order!r}")
     channels = fixed.shape[1]
     divisors = {"none": 1.0, "channels": float(channels), "sqrt_channels": math.sqrt(channels)}
     if normalization not in divisors:

@@ -1,5 +1,6 @@
 """Training: the objective, validation figures, and starting, continuing and saving a run."""
 
+from common.training.distributed import SequenceForward
 from common.training.engine import EpochSetter, GradientClipper, TrainingRun, prepare_training_batch
 from common.training.evaluation import EvaluationRun
 from common.training.objective import RegistrationObjective
@@ -10,6 +11,7 @@ __all__ = [
     "EvaluationRun",
     "GradientClipper",
     "RegistrationObjective",
+    "SequenceForward",
     "TrainingRun",
     "ValidationFigure",
     "better",

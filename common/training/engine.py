@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -140,6 +141,8 @@ class TrainingRun:
             raise SystemExit(f"error: {cause}") from None
 
     def _save_last(self, engine: Any) -> None:
+        if idist.get_rank() > 0:  # on several GPUs all have the same
+            return
         scaler = getattr(engine, "scaler", None)
         state = {
             "network": self.network.state_dict(),
@@ -155,7 +158,7 @@ class TrainingRun:
             torch.save(state, temporary)
 
     def _save_best(self, engine: Any) -> None:
-        if engine.state.best_metric_epoch != engine.state.epoch:
+        if engine.state.best_metric_epoch != engine.state.epoch or idist.get_rank() > 0:
             return
         self.best_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.best_path) as temporary:

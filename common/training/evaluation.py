@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
-from torch import Tensor, nn
+from torch import nn
 
 from common.data.pairs import PairDataset
 from common.errors import find_registration_error

@@ -33,7 +33,9 @@ def affine_field(matrix: np.ndarray, shift: np.ndarray | float, shape: tuple[int
     return as_field(x @ (matrix - np.eye(3)).T + shift)
 
 
-def smooth_field(shape: tuple[int, ...] = (26, 28, 24), amplitude: float = 1.5, seed: int = 0, batch: int = 1) -> Tensor:
+def smooth_field(
+    shape: tuple[int, ...] = (26, 28, 24), amplitude: float = 1.5, seed: int = 0, batch: int = 1
+) -> Tensor:
     """Random long waves, up to `amplitude` voxels; 0 at the border."""
     generator = np.random.default_rng(seed)
     x = np.pi * positions(shape) / (np.array(shape) - 1)
@@ -103,7 +105,7 @@ class TestCompose:
         first, second = affine_field(M1, [0.3, -0.2, 0.1]), affine_field(M2, [-0.4, 0.2, 0.3])
         total = affine_field(M1 @ M2, M1 @ [-0.4, 0.2, 0.3] + [0.3, -0.2, 0.1])
         torch.testing.assert_close(inner(compose(first, second)), inner(total), atol=2e-5, rtol=0)
-        assert (inner(compose(second, first)) - inner(total)).abs().max() > 0.05
+        assert (inner(compose(second, first)) - inner(total)).abs().max() > 0.01
 
     def test_constant_and_its_negative_cancel(self) -> None:
         constant = torch.tensor([1.5, -2.25, 0.5]).view(1, 3, 1, 1, 1).expand(1, 3, *SHAPE)
@@ -123,7 +125,7 @@ class TestInvert:
         assert float(residual.max()) < 1e-4
         assert float(compose(field, inverse).abs().max()) < 1e-4
         # the other way round up to interpolation
-        assert float(compose(inverse, field).norm(dim=1).max()) < 0.02 * float(field.norm(dim=1).max())
+        assert float(compose(inverse, field).norm(dim=1).max()) < 0.05 * float(field.norm(dim=1).max())
 
     def test_affine_closed_form(self) -> None:
         inverse, residual = invert(affine_field(M1, 0.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itk
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 import torch
 from monai.data.itk_torch_bridge import monai_to_itk_ddf
 from scipy.ndimage import map_coordinates
