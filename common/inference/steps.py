@@ -9,7 +9,7 @@ Before the network: `LoadPaird`, `AlignPaird`, `SampleNetworkGridd`; after it: `
 - `image`: (2, D, H, W) tensor on the network grid, moving and fixed
 - `pred`: the network's ddf (3, D, H, W) on the network grid; after `FinishRegistrationd` what a server shows
 - `registration`: `Registration`
-- `seconds`: time of each step
+- `seconds`: time of each step; the network's runs from `network_started` to the next step
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class SampleNetworkGridd(Transform):
             fixed = resample_to_grid(pair.fixed_intensity, pair.fixed_grid, grid, padding_mode="border")
         result["network_grid"] = grid
         result["image"] = torch.cat([moving, fixed]).to(self.device)
+        result["network_started"] = time.perf_counter()
         # MONAI Label restores its result onto this grid: the fixed image's own.
         affine = swap_lps_ras(pair.fixed_grid.affine)
         result["image_meta_dict"] = {
@@ -157,6 +158,9 @@ class OptimizeInstanced(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
+        if "network_started" in result:
+            network = time.perf_counter() - result["network_started"]
+            result["seconds"] = {**result["seconds"], "network": network}
         with _timed(result, "instance_optimization"):
             result["pred"] = optimize_instance(
                 _unbatched(result["image"]),

@@ -1,6 +1,6 @@
 """MONAI dictionary transforms for pairs of scans: only what MONAI itself lacks."""
 
-from common.transforms.intensity import CT_WINDOWS, NormalizeImaged, normalize_intensity
+from common.transforms.intensity import CT_WINDOWS, NormalizeImaged, ZScoreInMaskd, normalize_intensity
 from common.transforms.pairs import LoadKeypointsd, ResolvePaird, SwapPaird
 from common.transforms.spatial import ResampleToNetworkGridd, network_grid
 
@@ -11,6 +11,7 @@ __all__ = [
     "ResampleToNetworkGridd",
     "ResolvePaird",
     "SwapPaird",
+    "ZScoreInMaskd",
     "network_grid",
     "normalize_intensity",
 ]

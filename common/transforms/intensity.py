@@ -1,4 +1,4 @@
-"""Intensities to [0, 1], the networks' input range."""
+"""Intensities to the networks' input range: [0, 1], or z-scores in a mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import InputError
 
-__all__ = ["CT_WINDOWS", "Modality", "NormalizeImaged", "normalize_intensity"]
+__all__ = ["CT_WINDOWS", "Modality", "NormalizeImaged", "ZScoreInMaskd", "normalize_intensity"]
 
 Modality = Literal["auto", "ct", "mr"]
 
@@ -112,6 +112,44 @@ def _background(values: np.ndarray) -> float | None:
     fractions = [float((values == candidate).mean()) for candidate in candidates]
     best = int(np.argmax(fractions))
     return candidates[best] if fractions[best] >= _BACKGROUND_FRACTION else None
+
+
+class ZScoreInMaskd(MapTransform):
+    """Subtract the mean and divide by the standard deviation of the voxels inside a mask.
+
+    MONAI's `NormalizeIntensityd` takes its statistics from all or from the non-zero voxels, not from a mask.
+
+    Args:
+        keys: images (C, D, H, W); all channels share the statistics.
+        mask_key: the mask, (1, D, H, W), inside where above 0.
+        allow_missing_keys: pass over keys that are not in the dict.
+
+    Raises:
+        InputError: when the mask has another shape or is empty, or the image is constant inside it.
+    """
+
+    def __init__(self, keys: KeysCollection, *, mask_key: str, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.mask_key = mask_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale the images."""
+        result = dict(data)
+        inside = torch.as_tensor(result[self.mask_key])[0] > 0
+        for key in self.key_iterator(result):
+            image = result[key]
+            if tuple(image.shape[1:]) != tuple(inside.shape):
+                raise InputError(
+                    f"the mask '{self.mask_key}' has the shape {tuple(inside.shape)}, '{key}' {tuple(image.shape[1:])}"
+                )
+            values = image[:, inside].float()
+            if values.numel() == 0:
+                raise InputError(f"the mask '{self.mask_key}' is empty")
+            deviation = values.std(correction=0)
+            if float(deviation) == 0.0:
+                raise InputError(f"'{key}' is constant inside the mask '{self.mask_key}'")
+            result[key] = (image - values.mean()) / deviation
+        return result
 
 
 class NormalizeImaged(MapTransform):

@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 
 from common.errors import InputError
-from common.transforms import CT_WINDOWS, NormalizeImaged, normalize_intensity
+from common.transforms import CT_WINDOWS, NormalizeImaged, ZScoreInMaskd, normalize_intensity
 
 
 def ct() -> torch.Tensor:
@@ -130,3 +130,24 @@ def test_real_scans(shared_data: Path, name: str, modality: str) -> None:
     assert float(scaled.min()) == 0.0
     assert float(scaled.max()) == 1.0
     assert 0.05 < float(scaled[scaled > 0].mean()) < 0.8  # neither black nor saturated
+
+
+def test_z_score_takes_its_statistics_from_the_mask_alone() -> None:
+    image = brain(background=-7.0)
+    mask = (image > 0).float()
+    image[0, 0, 0, 0] = 1e6  # an artefact outside the mask
+    scaled = ZScoreInMaskd("image", mask_key="mask")({"image": image, "mask": mask})["image"]
+    inside = scaled[mask > 0]
+    assert float(inside.mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(inside.std(correction=0)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_z_score_refuses_what_has_none() -> None:
+    image = brain()
+    transform = ZScoreInMaskd("image", mask_key="mask")
+    with pytest.raises(InputError, match="empty"):
+        transform({"image": image, "mask": torch.zeros_like(image)})
+    with pytest.raises(InputError, match="constant"):
+        transform({"image": image, "mask": (image == 0).float()})
+    with pytest.raises(InputError, match="shape"):
+        transform({"image": image, "mask": torch.ones(1, 4, 4, 4)})
