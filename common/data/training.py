@@ -54,6 +54,8 @@ class TrainingPairs(Dataset):
         seed: of the pairing or the generator.
         recipe: of generated pairs.
         fixed_epoch: every epoch repeats the first one, for validation.
+        partners: other scans, of which the first one is the moving scan where `data` is a single scan: MONAI Label sets
+            one scan of three to seven aside for validation.
     """
 
     def __init__(
@@ -67,15 +69,17 @@ class TrainingPairs(Dataset):
         seed: int = 0,
         recipe: dict[str, Any] | None = None,
         fixed_epoch: bool = False,
+        partners: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.data = list(data)
         self.fixed_epoch = fixed_epoch
         self.pairs: PairDataset | SyntheticPairs
         if self.data:
-            given = "fixed" in self.data[0]
-            self.pairs = PairDataset(
-                self.data, transform, pairing="given" if given else pairing, seed=seed, length=length
-            )
+            if "fixed" in self.data[0]:
+                pairing = "given"
+            elif len(self.data) == 1 and partners:
+                data, pairing, length = [self.data[0], partners[0]], "neighbours", length or 1
+            self.pairs = PairDataset(data, transform, pairing=pairing, seed=seed, length=length)
         else:
             self.pairs = SyntheticPairs(length=length or 1, shape=shape, seed=seed, recipe=recipe)
 

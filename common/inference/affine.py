@@ -7,7 +7,8 @@ process, the same ITK code in SimpleITK for a third of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import numpy as np
@@ -64,6 +65,29 @@ def align_affine(
     levels = [
         (_level_image(fixed, fixed_grid, count), _level_image(moving, moving_grid, count)) for count in _LEVEL_VOXELS
     ]
+    with _one_thread():
+        return _align(levels, fixed, fixed_grid, moving, moving_grid, mode)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """ITK on one thread: several add up the metric in changing order, which gives another result on each run."""
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+
+def _align(
+    levels: Sequence[tuple[sitk.Image, sitk.Image]],
+    fixed: Tensor,
+    fixed_grid: Grid,
+    moving: Tensor,
+    moving_grid: Grid,
+    mode: AffineMode,
+) -> np.ndarray:
     centre = _centre_of_mass(fixed, fixed_grid)
     shift = _best_start(
         *levels[0],

@@ -55,8 +55,7 @@ class SequenceInferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
         """(B, 2, D, H, W) -> list of ddf (B, 3, D, H, W), coarse to fine."""
-        module = getattr(network, "module", network)  # the network itself where DistributedDataParallel wraps it
-        return module.forward_sequence(inputs, *args, **kwargs)
+        return network.forward_sequence(inputs, *args, **kwargs)
 
 
 def choose_network_grid(

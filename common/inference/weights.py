@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> str:
         raise InputError(f"the weights {path} do not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no pickle make the unpickler raise anything, IndexError for instance
         raise InputError(f"the weights {path} cannot be read: not a PyTorch state dict") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,7 +177,7 @@ class TrainingRun:
             set_random_state(state["random"])
             self._scaler_state = state["scaler"]
             best, best_epoch = state["best"]
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # bytes that are no pickle make the unpickler raise anything
             raise InputError(f"the checkpoint {self.last_path} does not fit this training or is damaged") from error
         self.evaluator.state.best_metric = best
         self.evaluator.state.best_metric_epoch = best_epoch

@@ -14,7 +14,7 @@ from ignite.engine import Events
 from torch import nn
 
 from common.data.pairs import PairDataset
-from common.errors import find_registration_error
+from common.errors import InputError, find_registration_error
 from common.inference.weights import load_weights
 from common.io import atomic_path, check_output_dir
 from common.training.validation import ValidationFigure
@@ -96,11 +96,13 @@ class EvaluationRun:
     def _measure(self, engine: Any) -> None:
         output = engine.state.output
         pair, ddf = output["label"], output["pred"]
-        names = available_figures(pair) if self.figures is None else self.figures
         index = len(self.rows)
         row: dict[str, Any] = {"pair": index, **self._files(index)}
-        for name in names:
-            figure = ValidationFigure(name, spacing=self.spacing)
+        for name in available_figures(pair) if self.figures is None else self.figures:
+            try:
+                figure = ValidationFigure(name, spacing=self.spacing)
+            except ValueError as error:
+                raise InputError(str(error)) from error
             row[name] = float(figure({"pred": ddf, "label": pair}))
             row[f"{name}_{_ZERO}"] = float(figure({"pred": torch.zeros_like(ddf), "label": pair}))
         self.rows.append(row)

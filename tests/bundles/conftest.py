@@ -1,22 +1,20 @@
-"""What the gates of all bundles share. A bundle is a folder bundles/*/ with configs/metadata.json."""
+"""What the gates of all bundles share."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from bundle_list import BUNDLES
 
 from common.packing import pack_bundle
-
-ROOT = Path(__file__).resolve().parents[2]
-BUNDLES = sorted(path.parent.parent for path in ROOT.glob("bundles/*/configs/metadata.json"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -26,13 +24,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
-
-
-@pytest.fixture(autouse=True)
-def _restored_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def _restored_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A workflow changes the process: search path, hook for exceptions, determinism."""
+    monkeypatch.setenv("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     benchmark = torch.backends.cudnn.benchmark

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import BUNDLES, ROOT
+from bundle_list import BUNDLES, ROOT
 from monai.bundle import verify_metadata
 
 SCHEMA_URL = "https://project-monai.github.io/schema/meta_schema_20240725.json"

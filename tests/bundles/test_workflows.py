@@ -106,6 +106,12 @@ def test_evaluation_without_weights_is_one_sentence(bundle: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluation_of_an_unknown_figure_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
+    run = workflow(bundle, ["train", "evaluate"], "train", **TINY, figures=["beauty"], output_dir=str(tmp_path)).run
+    with pytest.raises(SystemExit, match=r"error: a validation figure is one of .*, got 'beauty'"):
+        run()
+
+
 def test_several_gpus_change_what_they_must(bundle: Path) -> None:
     configs = bundle / "configs"
     if not (configs / "multi_gpu_train.json").is_file():

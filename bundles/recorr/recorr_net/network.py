@@ -1,8 +1,8 @@
 """ReCorr: recurrent dynamic correlation for deformable 3D registration.
 
-T. Li, M. Staring, Y. Qiao: "Recurrent dynamic correlation", IEEE TMI 2025, arXiv 2510.22380. Written from the published
-description of the architecture; the authors' code has no licence and none of it is used. "Published" in the comments
-is the behaviour of the authors' code (YQiaoGroup/Registration-ReCorr).
+T. Li, M. Staring, Y. Qiao: "Efficient Large-Deformation Medical Image Registration via Recurrent Dynamic Correlation",
+IEEE TMI 2025, arXiv 2510.22380. Written from a description of the architecture; the authors' code has no licence and
+none of it is used. "Published" in the comments is that code's behaviour (YQiaoGroup/Registration-ReCorr).
 
 One encoder makes a five-scale pyramid of both images. From 1/16 to 1/2 of the resolution, each level warps the moving
 features by the running displacement, correlates them with the fixed features in a 3x3x3 window, and a recurrent update

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, and of what registration brings on real scans; see README.md."""

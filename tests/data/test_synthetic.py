@@ -1,0 +1,252 @@
+"""Generated pairs: the field that comes with a pair is the one that made it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+import common.data.synthetic as module
+from common.data import SyntheticPairs, TrainingPairs, TrainingScans
+from common.data.synthetic import SyntheticRecipe, generate_pair
+from common.errors import InputError
+from common.geometry.fields import jacobian_determinant
+from common.layers.warp import warp
+from common.metrics import dice_macro
+
+SHAPE = (32, 40, 36)
+# what a scanner adds is left out, and both images have one contrast
+CLEAN = SyntheticRecipe(
+    same_contrast=1.0, texture=(0, 0), bias=(0, 0), noise=(0, 0), blur=(0, 0), gamma=(0, 0), labels=6
+)
+
+
+def pair(seed: int = 0, recipe: SyntheticRecipe | None = None, shape: tuple[int, ...] = SHAPE) -> dict[str, Tensor]:
+    return generate_pair(shape, generator=torch.Generator().manual_seed(seed), recipe=recipe)
+
+
+def visible(item: dict[str, Tensor]) -> Tensor:
+    """(1, D, H, W), where the moving image has what the fixed one shows."""
+    ddf = item["ddf"]
+    position = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in SHAPE], indexing="ij")) + ddf
+    last = torch.tensor(SHAPE).view(3, 1, 1, 1) - 1
+    return ((position >= 0) & (position <= last)).all(0, keepdim=True)
+
+
+class TestGeneratePair:
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_the_field_made_the_fixed_image(self, seed: int) -> None:
+        item = pair(seed, CLEAN)
+        moving, fixed = item["image"][:1], item["image"][1:]
+        warped = warp(moving[None], item["ddf"][None])[0]
+        inside = visible(item)
+        # the images are rescaled to [0, 1] each for itself, so they agree up to one linear map
+        x, y = warped[inside].double(), fixed[inside].double()
+        slope, offset = np.polyfit(x.numpy(), y.numpy(), 1)
+        assert slope == pytest.approx(1.0, abs=0.15)
+        assert float((slope * x + offset - y).abs().max()) < 1e-3
+        assert float((moving[inside] - fixed[inside]).abs().mean()) > 0.05  # and the field was needed
+
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_the_labels_go_with_it(self, seed: int) -> None:
+        item = pair(seed)
+        warped = warp(item["moving_label"][None].float(), item["ddf"][None], mode="nearest")[0].round().long()
+        assert dice_macro(item["fixed_label"], warped) > 0.95
+        assert dice_macro(item["fixed_label"], item["moving_label"]) < 0.9
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_the_field_is_a_diffeomorphism(self, seed: int) -> None:
+        item = pair(seed)
+        assert float(jacobian_determinant(item["ddf"][None]).min()) > 0
+        length = item["ddf"].norm(dim=0)
+        assert 0.5 < float(length.mean()) < 16
+        assert float(length.std()) > 0.1  # it is no shift
+
+    def test_stated_ranges_hold(self) -> None:
+        item = pair(3)
+        assert item["image"].shape == (2, *SHAPE) and item["ddf"].shape == (3, *SHAPE)
+        assert item["image"].dtype == item["ddf"].dtype == torch.float32
+        assert float(item["image"].min()) >= 0 and float(item["image"].max()) <= 1
+        for key in ("moving_label", "fixed_label"):
+            assert set(item[key].unique().tolist()) <= set(range(17))
+            assert len(item[key].unique()) > 5
+        assert set(item["mask"].unique().tolist()) <= {0.0, 1.0}
+
+    def test_the_mask_leaves_out_what_comes_from_outside(self) -> None:
+        recipe = replace(SyntheticRecipe(), translation=0.3, background=0.0)
+        item = pair(4, recipe)
+        inside = visible(item)
+        assert 0.1 < float(inside.float().mean()) < 0.95
+        assert torch.equal(item["mask"].bool(), inside)
+
+    def test_the_mask_leaves_out_the_background(self) -> None:
+        item = pair(5, replace(SyntheticRecipe(), background=1.0))
+        background = item["fixed_label"] == 0
+        assert background.any()
+        assert not item["mask"][background].any()
+        assert item["mask"].any()
+
+    def test_contrasts_differ_where_asked(self) -> None:
+        correlations = []
+        for same in (0.0, 1.0):
+            item = pair(6, replace(CLEAN, same_contrast=same, background=0.0))
+            warped = warp(item["image"][None, :1], item["ddf"][None])[0]
+            inside = visible(item)
+            correlations.append(float(torch.corrcoef(torch.stack([warped[inside], item["image"][1:][inside]]))[0, 1]))
+        assert correlations[1] > 0.999
+        assert correlations[0] < 0.9
+
+    def test_strength_of_the_field_is_the_recipes(self) -> None:
+        still = replace(
+            SyntheticRecipe(), field_strength=(0.0, 0.0), rotation=0.0, scaling=0.0, shear=0.0, translation=0.0
+        )
+        assert not pair(7, still)["ddf"].any()
+        shift = pair(7, replace(still, translation=0.1))["ddf"]
+        assert float(shift.std(dim=(1, 2, 3)).max()) < 1e-5
+        assert (shift[:, 0, 0, 0].abs() <= 0.1 * torch.tensor(SHAPE)).all() and shift.any()
+        rotated = pair(7, replace(still, rotation=10.0))["ddf"]
+        torch.testing.assert_close(
+            jacobian_determinant(rotated[None]), torch.ones(1, 1, *(n - 2 for n in SHAPE)), atol=1e-4, rtol=0
+        )
+        assert float(rotated[:, 15:17, 19:21, 17:19].abs().max()) < 0.5  # about the centre
+        assert float(rotated.abs().max()) > 1
+
+    @pytest.mark.parametrize("shape", [(32, 32, 15), (32, 32), (32, 32, 32, 32)])
+    def test_small_or_flat_shapes_are_refused(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="three axes of at least 16 voxels") as caught:
+            pair(0, shape=shape)
+        assert str(shape) in str(caught.value)
+
+    def test_blur_against_scipy(self) -> None:
+        image = pair(8)["image"][:1]
+        expected = gaussian_filter(image[0].double().numpy(), 0.8, mode="nearest", radius=3)
+        np.testing.assert_allclose(module._gaussian_blur(image, 0.8)[0].numpy(), expected, atol=1e-5)
+
+
+class TestSyntheticPairs:
+    def test_one_seed_one_pair(self) -> None:
+        first, again = (SyntheticPairs(length=3, shape=(16, 16, 16), seed=5)[1] for _ in range(2))
+        for key in first:
+            assert torch.equal(first[key], again[key]), key
+
+    def test_index_epoch_and_seed_decide(self) -> None:
+        data = SyntheticPairs(length=3, shape=(16, 16, 16), seed=5)
+        items = [data[0], data[1], SyntheticPairs(length=3, shape=(16, 16, 16), seed=6)[0]]
+        data.set_epoch(1)
+        items.append(data[0])
+        for i in range(len(items)):
+            for j in range(i):
+                assert not torch.equal(items[i]["image"], items[j]["image"])
+        data.set_epoch(0)
+        assert torch.equal(data[0]["image"], items[0]["image"])
+
+    def test_a_validation_set_never_changes(self) -> None:
+        data = SyntheticPairs(length=2, shape=(16, 16, 16), fixed_epoch=True)
+        before = data[1]
+        data.set_epoch(7)
+        assert torch.equal(data[1]["image"], before["image"])
+
+    def test_the_global_generator_is_left_alone(self) -> None:
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        SyntheticPairs(length=1, shape=(16, 16, 16))[0]
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_recipe_and_transform(self) -> None:
+        data = SyntheticPairs(
+            length=1, shape=(16, 16, 16), recipe={"labels": 3, "noise": [0.0, 0.0]}, transform=lambda item: item["mask"]
+        )
+        assert data.recipe.labels == 3 and data.recipe.noise == (0.0, 0.0)
+        assert data[0].shape == (1, 16, 16, 16)
+        with pytest.raises(TypeError, match="colour"):
+            SyntheticPairs(length=1, shape=(16, 16, 16), recipe={"colour": 1})
+
+    def test_length_is_kept(self) -> None:
+        data = SyntheticPairs(length=2, shape=(16, 16, 16))
+        assert len(list(iter(data))) == len(data) == 2  # iterating ends
+        with pytest.raises(IndexError):
+            data[-1]
+
+
+@pytest.fixture
+def decathlon(tmp_path: Path) -> Path:
+    """Ten scans of a constant, number and index, in the layout of the Medical Segmentation Decathlon."""
+    entries = []
+    for n in range(10):
+        entry = {"image": f"./imagesTr/scan_{n}.nii.gz", "label": f"./labelsTr/scan_{n}.nii.gz"}
+        for path in entry.values():
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(np.full((4, 4, 4), n, np.uint8), np.eye(4)), tmp_path / path)
+        entries.append(entry)
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "x", "training": entries, "test": []}))
+    return tmp_path
+
+
+def number(path: Any) -> int:
+    return int(Path(path).name.removeprefix("scan_").removesuffix(".nii.gz"))
+
+
+class TestTrainingData:
+    def test_the_last_scans_validate(self, decathlon: Path) -> None:
+        scans = TrainingScans(dataset_dir=str(decathlon), validation=0.2)
+        assert [number(scan["image"]) for scan in scans.training] == list(range(8))
+        assert [number(scan["label"]) for scan in scans.validation] == [8, 9]
+        assert len(TrainingScans(dataset_dir=str(decathlon), validation=3).training) == 7
+
+    def test_without_a_data_set_both_are_empty(self) -> None:
+        scans = TrainingScans(dataset_dir=None)
+        assert scans.training == scans.validation == []
+
+    def test_a_list_inside_the_folder(self, decathlon: Path) -> None:
+        (decathlon / "some.csv").write_text("image\nimagesTr/scan_4.nii.gz\nimagesTr/scan_2.nii.gz\n")
+        scans = TrainingScans(dataset_dir=str(decathlon), datalist="some.csv", validation=1)
+        assert [number(scan["image"]) for scan in scans.training] == [4]
+
+    def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="nowhere"):
+            _ = TrainingScans(dataset_dir=str(tmp_path / "nowhere")).training
+
+    def test_scans_become_pairs(self, decathlon: Path) -> None:
+        scans = TrainingScans(dataset_dir=str(decathlon)).training
+        data = TrainingPairs(data=scans, length=20, seed=1, transform=lambda item: item)
+        epochs = []
+        for epoch in (1, 2, 1):
+            data.set_epoch(epoch)
+            pairs = [(number(p["fixed"]), number(p["moving"])) for p in (data[i] for i in range(len(data)))]
+            assert all(number(data[i]["fixed_label"]) == fixed for i, (fixed, _) in enumerate(pairs))
+            epochs.append(pairs)
+        assert len(data) == 20
+        assert all(fixed != moving for fixed, moving in epochs[0])
+        assert epochs[0] == epochs[2] != epochs[1]
+
+    def test_validation_pairs_are_the_same_each_epoch(self, decathlon: Path) -> None:
+        scans = TrainingScans(dataset_dir=str(decathlon), validation=4).validation
+        data = TrainingPairs(data=scans, pairing="neighbours", fixed_epoch=True)
+        data.set_epoch(3)
+        assert [(number(p["fixed"]), number(p["moving"])) for p in (data[i] for i in range(len(data)))] == [
+            (6, 7), (7, 8), (8, 9), (9, 6)
+        ]  # fmt: skip
+
+    def test_given_pairs_stay_pairs(self) -> None:
+        data = TrainingPairs(data=[{"fixed": "a", "moving": "b"}, {"fixed": "c", "moving": "d"}])
+        assert [data[i]["moving"] for i in range(2)] == ["b", "d"]
+
+    def test_without_scans_pairs_are_generated(self) -> None:
+        data = TrainingPairs(data=[], length=2, shape=(16, 16, 16), seed=3, recipe={"labels": 4})
+        expected = SyntheticPairs(length=2, shape=(16, 16, 16), seed=3, recipe={"labels": 4})
+        data.set_epoch(2)
+        expected.set_epoch(2)
+        assert torch.equal(data[1]["image"], expected[1]["image"])
+        fixed = TrainingPairs(data=[], length=1, shape=(16, 16, 16), fixed_epoch=True)
+        before = fixed[0]["image"]
+        fixed.set_epoch(4)
+        assert torch.equal(fixed[0]["image"], before)
