@@ -19,7 +19,16 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ["Timing", "argument_parser", "describe_machine", "interleave", "peak_mib", "print_table", "ratio"]
+__all__ = [
+    "Timing",
+    "argument_parser",
+    "describe_machine",
+    "in_child",
+    "interleave",
+    "peak_mib",
+    "print_table",
+    "ratio",
+]
 
 _MIB = 2**20
 
@@ -74,10 +83,26 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *args: Any, threads: 
     Raises:
         RuntimeError: when the child ends without an answer, for instance for lack of memory.
     """
+    return in_child(_peak_mib, prepare, args, threads or torch.get_num_threads())
+
+
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a process of its own.
+
+    Args:
+        function: importable by the child.
+        args: sent to the child.
+
+    Returns:
+        the result, sent back.
+
+    Raises:
+        RuntimeError: when the child ends without an answer, for instance for lack of memory.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "benchmarks._measure"])  # the server imports once, children are quick
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send_peak, args=(sender, prepare, args, threads or torch.get_num_threads()))
+    child = context.Process(target=_send_result, args=(sender, function, args))
     child.start()
     sender.close()
     try:
@@ -88,7 +113,11 @@ def peak_mib(prepare: Callable[..., Callable[[], object]], *args: Any, threads: 
         child.join()
 
 
-def _send_peak(sender: Any, prepare: Callable[..., Callable[[], object]], args: Sequence[Any], threads: int) -> None:
+def _send_result(sender: Any, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    sender.send(function(*args))
+
+
+def _peak_mib(prepare: Callable[..., Callable[[], object]], args: Sequence[Any], threads: int) -> float:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     call = prepare(*args)
@@ -96,8 +125,9 @@ def _send_peak(sender: Any, prepare: Callable[..., Callable[[], object]], args: 
     _forget_peak()
     before = psutil.Process().memory_info().rss
     result = call()
-    sender.send((_peak_bytes() - before) / _MIB)
+    peak = _peak_bytes()
     del result
+    return (peak - before) / _MIB
 
 
 def _forget_peak() -> None:

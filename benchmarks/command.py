@@ -126,15 +126,18 @@ def print_imports(runs: int) -> None:
 
 def print_class_loading(runs: int) -> None:
     """What the first use of each class of ITK costs, in this order, in one process; SimpleITK beside it."""
-    program = ["import json, time", "laps = {}", "def lap(name, start):"]
-    program += ["    laps[name] = [time.perf_counter() - start[0], time.process_time() - start[1]]"]
+    program = ["import json, time", "import psutil", "laps = {}", "memory = psutil.Process().memory_info"]
     for name in _CLASSES:
-        program += ["start = time.perf_counter(), time.process_time()"]
-        program += [name if name.startswith("import") else f"dir({name})", f"lap({name!r}, start)"]
+        program += ["start = time.perf_counter(), time.process_time(), memory().rss", name]
+        program += ["end = time.perf_counter(), time.process_time(), memory().rss"]
+        program += [f"laps[{name!r}] = [b - a for a, b in zip(start, end)]"]
     program += ["print(json.dumps(laps))"]
     laps = [json.loads(_child("-c", "\n".join(program)).stdout) for _ in range(runs)]
-    rows = [[name, *(statistics.median(lap[name][i] for lap in laps) for i in (0, 1))] for name in _CLASSES]
-    print_table("first use of a class, in this order, in one process", ["", "seconds", "CPU s"], rows)
+    rows = []
+    for name in _CLASSES:
+        seconds, cpu_seconds, size = (statistics.median(lap[name][i] for lap in laps) for i in range(3))
+        rows.append([name, seconds, cpu_seconds, size / 2**20])
+    print_table("first use of a class, in this order, in one process", ["", "seconds", "CPU s", "MiB"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

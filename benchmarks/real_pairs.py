@@ -23,7 +23,7 @@ from common.geometry.spaces import ddf_to_displacement, grid_of, itk_to_array
 from common.io import build_transform, read_image, resample_image, transform_points, write_image, write_landmarks
 
 Pair = dict[str, str]
-_KNOWN_FIELD = SyntheticRecipe(field_scales=(24.0, 48.0), field_strength=(0.1, 0.2), rotation=2, translation=0.01)
+_KNOWN_FIELD = SyntheticRecipe(field_scales=(8.0, 16.0), field_strength=(0.08, 0.16), rotation=2, translation=0.01)
 
 
 def named_pairs(data: Path, hippocampus: int) -> list[Pair]:

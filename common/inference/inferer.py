@@ -64,18 +64,21 @@ def choose_network_grid(
     spacing: float | None = None,
     bytes_per_voxel: float = 400.0,
     max_voxels: int = 192**3,
+    min_size: int = 96,
     device: str | torch.device = "cpu",
 ) -> Grid:
     """The isotropic grid a network registers on: the fixed image's field of view and axes.
 
-    By default as fine as the fixed image (geometric mean of its spacing), coarser where that would exceed
-    `max_voxels` or half of the memory that is free now.
+    By default as fine as the fixed image (geometric mean of its spacing); up to twice as fine where an axis would have
+    fewer than `min_size` voxels, of which the coarsest level of a pyramid would leave too few to match; coarser where
+    it would exceed `max_voxels` or half of the memory that is free now.
 
     Args:
         fixed: the fixed image's grid.
         spacing: mm; chosen when None.
         bytes_per_voxel: what a forward pass takes at its peak.
         max_voxels: upper limit of the choice; an explicit `spacing` may exceed it, but not the memory.
+        min_size: see above.
         device: where the network runs.
 
     Returns:
@@ -98,8 +101,10 @@ def choose_network_grid(
         return grid
     volume = math.prod(n * float(s) for n, s in zip(fixed.shape, fixed.spacing, strict=True))
     native = float(fixed.spacing.prod() ** (1 / 3))
+    shortest = min(n * float(s) for n, s in zip(fixed.shape, fixed.spacing, strict=True)) / native
+    finest = native / min(max(min_size / shortest, 1.0), 2.0)
     affordable = min(float(max_voxels), 0.5 * free / bytes_per_voxel)
-    return fixed.with_spacing(max(native, (volume / affordable) ** (1 / 3)))
+    return fixed.with_spacing(max(finest, (volume / affordable) ** (1 / 3)))
 
 
 def _free_bytes(device: torch.device) -> float:

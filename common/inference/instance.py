@@ -28,7 +28,7 @@ def optimize_instance(
     iterations: int,
     similarity: InstanceSimilarity = "mind",
     smoothness: float = 1.25,
-    learning_rate: float = 1.0,
+    learning_rate: float = 0.1,
     grid_factor: int = 2,
 ) -> Tensor:
     """Refine a field by Adam on a coarser displacement grid.
@@ -42,7 +42,8 @@ def optimize_instance(
         iterations: Adam steps; 0 returns `ddf`.
         similarity: "mind" (any contrast) or "ncc" (one contrast).
         smoothness: weight of the diffusion term.
-        learning_rate: voxels of the coarse grid per step, roughly.
+        learning_rate: voxels of the coarse grid per step, roughly. ConvexAdam publishes 1, for a start from a discrete
+            search; from a network's field that folds up to 1.8 % of small crops, 0.1 next to nothing at the same gain.
         grid_factor: full-resolution voxels per grid point along each axis.
 
     Returns:

@@ -185,6 +185,10 @@ class RegistrationRun:
         try:
             self.evaluator.run()
         except Exception as error:
+            # ignite keeps the loop that ended here and takes the next run for its end: it would do nothing, and the
+            # figures of an earlier pair would pass for its own.
+            self.evaluator._internal_run_generator = None
+            self.evaluator.state.output = None
             cause = find_registration_error(error)
             if cause is None:
                 raise

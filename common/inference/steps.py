@@ -147,14 +147,21 @@ class OptimizeInstanced(Transform):
         iterations: Adam steps; 0 leaves the field as it is.
         similarity: "mind" or "ncc".
         smoothness: weight of the diffusion term.
+        learning_rate: of Adam.
     """
 
     def __init__(
-        self, *, iterations: int = 0, similarity: InstanceSimilarity = "mind", smoothness: float = 1.25
+        self,
+        *,
+        iterations: int = 0,
+        similarity: InstanceSimilarity = "mind",
+        smoothness: float = 1.25,
+        learning_rate: float = 0.1,
     ) -> None:
         self.iterations = iterations
         self.similarity = similarity
         self.smoothness = smoothness
+        self.learning_rate = learning_rate
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
@@ -168,6 +175,7 @@ class OptimizeInstanced(Transform):
                 iterations=self.iterations,
                 similarity=self.similarity,
                 smoothness=self.smoothness,
+                learning_rate=self.learning_rate,
             )
         return result
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import Known, affine_about_centre, apply, centred_grid, rotation
+from known_pair import Known, affine_about_centre, apply, centred_grid, rotation, voxel_centres
 from torch import Tensor
 
 from common.errors import InputError
@@ -35,9 +35,18 @@ def found(pair: Known, mode: str) -> np.ndarray:
     )
 
 
-def corner_errors(estimate: np.ndarray, pair: Known) -> np.ndarray:
-    corners = pair.fixed_grid.corners
-    return np.linalg.norm(apply(estimate, corners) - apply(pair.fixed_to_moving, corners), axis=1)
+def errors_at(points: np.ndarray, estimate: np.ndarray, pair: Known) -> float:
+    """Largest distance in mm."""
+    return float(np.linalg.norm(apply(estimate, points) - apply(pair.fixed_to_moving, points), axis=1).max())
+
+
+def corner_error(estimate: np.ndarray, pair: Known) -> float:
+    return errors_at(pair.fixed_grid.corners, estimate, pair)
+
+
+def anatomy_error(estimate: np.ndarray, pair: Known) -> float:
+    """Where there is something to see; the corners are three times as far from the centre."""
+    return errors_at(voxel_centres(pair.fixed_grid)[pair.fixed()[1].ravel() > 0], estimate, pair)
 
 
 @pytest.fixture
@@ -46,36 +55,37 @@ def still(known: Known) -> Known:
     return replace(known, amplitude=0.0)
 
 
-@pytest.mark.parametrize("mode", ["rigid", "affine"])
-def test_rigid_motion(still: Known, mode: str) -> None:
+def test_rigid_motion(still: Known) -> None:
     pair = replace(still, fixed_to_moving=RIGID)
-    assert corner_errors(np.eye(4), pair).max() > 15
-    estimate = found(pair, mode)
-    assert corner_errors(estimate, pair).max() < 1.0
-    if mode == "rigid":
-        np.testing.assert_allclose(estimate[:3, :3] @ estimate[:3, :3].T, np.eye(3), atol=1e-6)
-        assert np.linalg.det(estimate[:3, :3]) == pytest.approx(1.0)
+    assert corner_error(np.eye(4), pair) > 15
+    estimate = found(pair, "rigid")
+    assert corner_error(estimate, pair) < 1.0
+    np.testing.assert_allclose(estimate[:3, :3] @ estimate[:3, :3].T, np.eye(3), atol=1e-6)
+    assert np.linalg.det(estimate[:3, :3]) == pytest.approx(1.0)
+    assert anatomy_error(found(pair, "affine"), pair) < 1.2  # twelve parameters find the six
 
 
 def test_affine_map(still: Known) -> None:
     pair = replace(still, fixed_to_moving=AFFINE)
-    assert corner_errors(np.eye(4), pair).max() > 10
-    assert corner_errors(found(pair, "affine"), pair).max() < 1.0
-    assert corner_errors(found(pair, "rigid"), pair).max() > 1.0  # which needs the twelve parameters
+    assert corner_error(np.eye(4), pair) > 10
+    estimate = found(pair, "affine")
+    assert anatomy_error(estimate, pair) < 1.2
+    assert corner_error(estimate, pair) < 3.0
+    assert anatomy_error(found(pair, "rigid"), pair) > 2.0  # which needs the twelve parameters
 
 
 def test_contrast_does_not_matter(still: Known) -> None:
     pair = replace(still, fixed_to_moving=RIGID)
     inverted = 1 - volume(pair.fixed()[0])
     estimate = align_affine(inverted, pair.fixed_grid, volume(pair.moving()[0]), pair.moving_grid, mode="rigid")
-    assert corner_errors(estimate, pair).max() < 1.5
+    assert corner_error(estimate, pair) < 1.5
 
 
 def test_moments_are_a_translation(still: Known) -> None:
-    pair = replace(still, fixed_to_moving=affine_about_centre(np.eye(3), [30.0, -20.0, 15.0]))
-    estimate = found(pair, "moments")
+    shift = [14.0, -12.0, 9.0]
+    estimate = found(replace(still, fixed_to_moving=affine_about_centre(np.eye(3), shift)), "moments")
     np.testing.assert_allclose(estimate[:3, :3], np.eye(3), atol=1e-9)
-    np.testing.assert_allclose(estimate[:3, 3], [30.0, -20.0, 15.0], atol=2.0)
+    np.testing.assert_allclose(estimate[:3, 3], shift, atol=1.0)
 
 
 def test_images_far_apart_are_brought_together(still: Known) -> None:
@@ -84,12 +94,12 @@ def test_images_far_apart_are_brought_together(still: Known) -> None:
     moving_affine[:3, 3] += [900.0, -700.0, 300.0]
     away = affine_about_centre(np.eye(3), [900.0, -700.0, 300.0])
     pair = replace(still, moving_grid=Grid(still.moving_grid.shape, moving_affine), fixed_to_moving=away)
-    assert corner_errors(found(pair, "rigid"), pair).max() < 1.0
+    assert corner_error(found(pair, "rigid"), pair) < 1.0
 
 
 def test_the_same_twice(still: Known) -> None:
     pair = replace(still, fixed_to_moving=RIGID)
-    np.testing.assert_allclose(found(pair, "affine"), found(pair, "affine"), atol=1e-6)
+    assert np.array_equal(found(pair, "rigid"), found(pair, "rigid"))
 
 
 def test_none_is_the_identity_and_needs_overlap(still: Known) -> None:

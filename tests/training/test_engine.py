@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from torch import nn
 
-from common.training import EpochSetter, GradientClipper
+from common.training import EpochSetter, GradientClipper, SequenceForward
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "recorr"
@@ -313,3 +313,17 @@ def test_epoch_setter_tells_the_coming_epoch() -> None:
     setter.attach(engine)
     engine.run([0, 1], max_epochs=3)
     assert told == [1, 1, 2, 3]  # before the first batch is fetched, then at each epoch
+
+
+def test_sequence_forward_gives_training_all_fields_and_validation_the_last() -> None:
+    class Network(nn.Module):
+        def forward_sequence(self, image: torch.Tensor) -> list[torch.Tensor]:
+            return [image, image + 1]
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image + 1
+
+    wrapped = SequenceForward(Network())
+    image = torch.zeros(1)
+    assert [float(field) for field in wrapped(image)] == [0.0, 1.0]
+    assert float(wrapped.eval()(image)) == 1.0
