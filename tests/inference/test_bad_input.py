@@ -1,6 +1,6 @@
 """Bad input ends the command with exit code 1 and one sentence that names what is wrong, and leaves nothing behind.
 
-`SystemExit` with a text is exit code 1 and that text on stderr; two of the cases go through a real process.
+`SystemExit` with a text is exit code 1 and that text on stderr; some of the cases go through a real process.
 """
 
 from __future__ import annotations
@@ -322,7 +322,14 @@ def test_a_good_run_is_good(arguments: Arguments, register: Callable[..., None])
     assert (Path(arguments["output_dir"]) / "metrics.json").is_file()
 
 
-@pytest.mark.parametrize("case", [text_named_nifti, weights_of_another_network], ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case",
+    [
+        text_named_nifti,
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (weights_of_another_network, no_output)),
+    ],
+    ids=lambda case: case.__name__,
+)
 def test_in_a_process_of_its_own(case: Case, arguments: Arguments, tmp_path: Path) -> None:
     expected = case(tmp_path, arguments)
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file"]

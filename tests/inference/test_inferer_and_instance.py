@@ -94,10 +94,20 @@ class TestChooseNetworkGrid:
         monkeypatch.setattr(module, "_free_bytes", lambda device: 8e9)
 
     def test_as_fine_as_the_fixed_image(self) -> None:
-        grid = choose_network_grid(OBLIQUE)
+        fixed = Grid((120, 100, 110), OBLIQUE.affine)
+        grid = choose_network_grid(fixed)
         np.testing.assert_allclose(grid.spacing, (2.0 * 2.4 * 3.2) ** (1 / 3))
-        np.testing.assert_allclose(grid.direction, OBLIQUE.direction, atol=1e-9)
-        assert covers(grid, OBLIQUE)
+        np.testing.assert_allclose(grid.direction, fixed.direction, atol=1e-9)
+        assert covers(grid, fixed)
+
+    def test_finer_where_there_are_few_voxels(self) -> None:
+        native = (2.0 * 2.4 * 3.2) ** (1 / 3)
+        np.testing.assert_allclose(choose_network_grid(OBLIQUE).spacing, native / 2)  # and no finer than that
+        shortest = 36 * 2.4  # mm, of 88, 86.4 and 89.6
+        some = choose_network_grid(OBLIQUE, min_size=50)
+        np.testing.assert_allclose(some.spacing, shortest / 50)
+        assert min(some.shape) == 50 and covers(some, OBLIQUE)
+        np.testing.assert_allclose(choose_network_grid(OBLIQUE, min_size=30).spacing, native)
 
     def test_given_spacing(self) -> None:
         grid = choose_network_grid(OBLIQUE, spacing=1.5)

@@ -155,7 +155,15 @@ class TestCommand:
     def out(self, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("results") / "new" / "pair"
         command = [sys.executable, "-m", "monai.bundle", "run", "--config_file"]
-        command += ["bundles/recorr/configs/inference.json", "--output_dir", str(folder), "--device", "cpu"]
+        command += [
+            "bundles/recorr/configs/inference.json",
+            "--output_dir",
+            str(folder),
+            "--device",
+            "cpu",
+            "--spacing",
+            "2.5",
+        ]
         for key, path in files.items():
             command += [f"--{key}", path]
         done = subprocess.run(command, cwd=BUNDLE.parents[1], capture_output=True, text=True, check=False)
@@ -239,7 +247,8 @@ class TestCommand:
         settings = metrics["settings"]
         assert settings["weights_sha256"] == file_sha256(BUNDLE / "models" / "model.pt")
         assert settings["fixed"] == files["fixed"] and settings["affine"] == "affine"
-        np.testing.assert_allclose(settings["network_grid_spacing_mm"], (2.0 * 2.4 * 3.2) ** (1 / 3), atol=1e-3)
+        assert settings["network_grid_spacing_mm"] == [2.5, 2.5, 2.5]
+        assert settings["network_grid_shape"] == [36, 35, 36]  # 88 x 86.4 x 89.6 mm
         assert {"torch", "monai", "itk", "python"} <= set(metrics["versions"])
 
 

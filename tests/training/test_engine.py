@@ -192,7 +192,7 @@ class TestRun:
         data = run.parser.get_parsed_content("train#dataset")
         data.set_epoch = lambda epoch: None
         trainer_of(run).add_event_handler(
-            Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"]))
+            Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"].detach()))
         )
         run.run()
         assert len(losses) == 8
@@ -242,7 +242,7 @@ class TestRun:
         )
         losses: list[float] = []
         trainer_of(run).add_event_handler(
-            Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"]))
+            Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"].detach()))
         )
         run.run()
         assert len(losses) == 2 and all(np.isfinite(losses))
