@@ -63,11 +63,11 @@ def forward_call(way: str, shape: Sequence[int], channels: int, radius: int) -> 
 def training_call(way: str, shape: Sequence[int], channels: int, radius: int) -> Callable[[], tuple[Tensor, ...]]:
     """Inputs made, correlation forward and backward with a gradient of ones."""
     correlate = WAYS[way]
-    maps = [features.requires_grad_() for features in _maps(shape, channels)]
+    fixed, moving = (features.requires_grad_() for features in _maps(shape, channels))
 
     def call() -> tuple[Tensor, ...]:
-        volume = correlate(*maps, radius)
-        return torch.autograd.grad(volume, maps, torch.ones_like(volume))
+        volume = correlate(fixed, moving, radius)
+        return torch.autograd.grad(volume, [fixed, moving], torch.ones_like(volume))
 
     return call
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -30,3 +34,26 @@ def oblique_affine() -> np.ndarray:
     affine[:3, :3] = turn_z @ turn_x * np.array([1.2, 0.8, 2.5])
     affine[:3, 3] = [-140.0, 63.5, 412.25]
     return affine
+
+
+_ANTS = """
+import sys, ants
+fixed, moving, *transforms = sys.argv[1:]
+for transform in transforms:
+    arguments = ants.image_read(fixed), ants.image_read(moving), [transform]
+    ants.image_write(ants.apply_transforms(*arguments, interpolator="linear"), transform + ".ants.nii.gz")
+"""
+
+
+@pytest.fixture(scope="session")
+def ants_resample() -> Callable[..., list[np.ndarray]]:
+    """Resample by ANTs, (i, j, k), once for each transform file.
+
+    In a process of its own: ANTs' and ITK's HDF5 libraries in one process crash it when it ends.
+    """
+
+    def resample(fixed: Path, moving: Path, *transforms: Path) -> list[np.ndarray]:
+        subprocess.run([sys.executable, "-c", _ANTS, fixed, moving, *transforms], check=True, capture_output=True)
+        return [np.asarray(nib.load(f"{transform}.ants.nii.gz").dataobj) for transform in transforms]
+
+    return resample

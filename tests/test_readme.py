@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("bundle
 def commands(page: Path) -> list[str]:
     """Shell commands of a page's code blocks, continued lines joined, comments dropped."""
     found = []
-    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(), flags=re.DOTALL):
+    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             command = re.sub(r"\s#.*", "", line).strip()
             if command.startswith(("python ", "make ", "torchrun ")):
@@ -42,15 +42,15 @@ def test_bundle_commands_name_files_and_options_that_exist(page: str, command: s
     files = ast.literal_eval(listed) if listed.startswith("[") else [listed]
     keys: set[str] = set()
     for file in files:
-        keys |= set(json.loads((ROOT / file).read_text()))
+        keys |= set(json.loads((ROOT / file).read_text(encoding="utf-8")))
     ours = words[words.index("run") + 1 :]
     options = {word.removeprefix("--").split("#")[0] for word in ours if word.startswith("--")} - {"config_file"}
     assert options <= {key.lstrip("+").split("#")[0] for key in keys}, f"{page}: {options - keys}"
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    text = "\n".join(page.read_text() for page in PAGES)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     named = set(re.findall(r"^make ((?:[a-z-]+ ?)+)", text, flags=re.MULTILINE))
     named |= set(re.findall(r"`make ([a-z-]+)`", text))
     words = {word for group in named for word in group.split()}
@@ -59,7 +59,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_modules_exist() -> None:
-    text = "\n".join(page.read_text() for page in PAGES)
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     modules = set(re.findall(r"python -m ((?:common|benchmarks)\.[\w.]+)", text))
     assert modules
     for module in modules:
@@ -68,5 +68,5 @@ def test_modules_exist() -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"

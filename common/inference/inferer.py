@@ -62,7 +62,7 @@ def choose_network_grid(
     fixed: Grid,
     *,
     spacing: float | None = None,
-    bytes_per_voxel: float = 400.0,
+    bytes_per_voxel: float = 650.0,
     max_voxels: int = 192**3,
     min_size: int = 96,
     device: str | torch.device = "cpu",

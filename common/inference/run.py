@@ -21,6 +21,7 @@ from common.errors import InputError, RegistrationError, find_registration_error
 from common.inference.output import METRICS_FILE
 from common.inference.weights import load_weights
 from common.io import atomic_path, check_output_dir
+from common.memory import keep_freed_pages
 
 __all__ = ["RegistrationRun", "RequestedPairs", "prepare_pair_batch"]
 
@@ -138,6 +139,7 @@ class RegistrationRun:
         Raises:
             SystemExit: with the sentence that tells what went wrong.
         """
+        keep_freed_pages()
         try:
             pairs = self.dataset.data
             check_output_dir(self.output_dir)

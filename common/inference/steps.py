@@ -103,7 +103,7 @@ class SampleNetworkGridd(Transform):
         self,
         *,
         spacing: float | None = None,
-        bytes_per_voxel: float = 400.0,
+        bytes_per_voxel: float = 650.0,
         max_voxels: int = 192**3,
         device: str | torch.device = "cpu",
     ) -> None:

@@ -32,6 +32,8 @@ __all__ = [
     "write_transform",
 ]
 
+_TRANSFORM_OVERHEAD = 32_768  # bytes of a transform file beside its displacements
+
 
 def build_transform(
     affine: np.ndarray | None = None, displacement: np.ndarray | None = None, grid: Grid | None = None
@@ -76,10 +78,19 @@ def write_transform(
         raise OutputError(f"{path} cannot be written: a transform's file ends in .h5")
     transform = _compose(affine, displacement, grid, itk.F)
     with atomic_path(path) as temporary, quiet_itk():
+        # First, the room: a disk that fills up under HDF5 leaves it in a state that crashes the process at its end.
+        _reserve(temporary, 4 * (0 if displacement is None else displacement.size) + _TRANSFORM_OVERHEAD)
         writer = itk.TransformFileWriterTemplate[itk.F].New()
         writer.SetInput(transform)
         writer.SetFileName(str(temporary))
         writer.Update()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Take up `size` bytes of the disk for a file that is about to be written; OSError where there are fewer."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def read_transform(path: str | os.PathLike[str]) -> Any:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from common.errors import InputError, find_registration_error
 from common.inference.weights import load_weights
 from common.io import atomic_path, check_output_dir
+from common.memory import keep_freed_pages
 
 __all__ = ["EpochSetter", "GradientClipper", "TrainingRun", "prepare_training_batch"]
 
@@ -125,6 +126,7 @@ class TrainingRun:
         Raises:
             SystemExit: with the sentence that tells what went wrong.
         """
+        keep_freed_pages()
         try:
             check_output_dir(self.last_path.parent)
             if self.resume:
