@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from common.io import (
     transform_to_displacement,
 )
 from common.transforms import normalize_intensity
+from common.transforms.intensity import Modality
 
 __all__ = ["ImagePair", "Registration", "load_pair"]
 
@@ -73,7 +74,7 @@ class ImagePair:
         return grid_of(self.moving)
 
 
-def load_pair(files: Mapping[str, Any], *, modality: str = "auto") -> ImagePair:
+def load_pair(files: Mapping[str, Any], *, modality: Modality = "auto") -> ImagePair:
     """Read everything that belongs to a pair.
 
     Args:
@@ -87,7 +88,7 @@ def load_pair(files: Mapping[str, Any], *, modality: str = "auto") -> ImagePair:
     Raises:
         InputError: naming the file and the problem.
     """
-    if modality not in ("mr", "ct", "auto"):
+    if modality not in get_args(Modality):
         raise InputError(f"the modality must be mr, ct or auto, got {modality!r}")
     paths = {key: os.fspath(value) for key, value in files.items() if isinstance(value, str | os.PathLike) and value}
     for key in ("fixed", "moving"):
@@ -108,8 +109,8 @@ def load_pair(files: Mapping[str, Any], *, modality: str = "auto") -> ImagePair:
             f"the moving landmarks {paths['moving_landmarks']} need fixed ones to be compared with: "
             "give --fixed_landmarks"
         )
-    fixed_intensity, fixed_modality = normalize_intensity(_volume(fixed), modality)  # type: ignore[arg-type]
-    moving_intensity, moving_modality = normalize_intensity(_volume(moving), modality)  # type: ignore[arg-type]
+    fixed_intensity, fixed_modality = normalize_intensity(_volume(fixed), modality)
+    moving_intensity, moving_modality = normalize_intensity(_volume(moving), modality)
     return ImagePair(
         fixed=fixed,
         moving=moving,

@@ -32,6 +32,7 @@ from common.inference.instance import InstanceSimilarity, optimize_instance
 from common.inference.output import write_registration
 from common.inference.pair import ImagePair, Registration, load_pair
 from common.inference.weights import file_sha256
+from common.transforms.intensity import Modality
 
 __all__ = [
     "AlignPaird",
@@ -59,7 +60,7 @@ class LoadPaird(Transform):
         modality: "mr", "ct" or "auto".
     """
 
-    def __init__(self, *, modality: str = "auto") -> None:
+    def __init__(self, *, modality: Modality = "auto") -> None:
         self.modality = modality
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:

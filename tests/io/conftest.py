@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -47,12 +48,20 @@ def moving_grid() -> Grid:
 
 
 @pytest.fixture
-def small_disk() -> Iterator[None]:
-    """No file may grow beyond 3000 bytes: to a writer, a disk that fills up."""
+def small_disk() -> Callable[[], AbstractContextManager[None]]:
+    """Context in which no file may grow beyond 3000 bytes: to a writer, a disk that fills up.
+
+    Not for the whole test: pytest's own output may go to a file.
+    """
     resource = pytest.importorskip("resource")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    @contextmanager
+    def limit() -> Iterator[None]:
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import itk
@@ -289,11 +290,14 @@ def test_bad_label_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("extension", [".nii", ".nii.gz", ".mha", ".nrrd"])
 def test_full_disk_leaves_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], small_disk: None, extension: str
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    small_disk: Callable[[], AbstractContextManager[None]],
+    extension: str,
 ) -> None:
     """ITK itself reports success for NIfTI here."""
     image = array_to_itk(noise(), Grid(SHAPE, np.eye(4)))
-    with pytest.raises(OutputError, match=f"a{extension} cannot be written"):
+    with small_disk(), pytest.raises(OutputError, match=f"a{extension} cannot be written"):
         write_image(image, tmp_path / f"a{extension}")
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().err == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import itk
@@ -250,14 +251,16 @@ def test_bad_transforms_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == ""
 
 
-def test_full_disk_leaves_nothing(tmp_path: Path, grid: Grid, small_disk: None) -> None:
+def test_full_disk_leaves_nothing(
+    tmp_path: Path, grid: Grid, small_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
     field = np.random.default_rng(0).normal(size=(*grid.shape, 3)).astype(np.float32)  # does not pack
     for name, write in {
         "t.h5": lambda path: write_transform(path, affine=AFFINE, displacement=field, grid=grid),
         "d.nii.gz": lambda path: write_displacement(path, field, grid),
         "l.nii.gz": lambda path: write_learn2reg(path, np.moveaxis(field, -1, 0)),
     }.items():
-        with pytest.raises(OutputError, match=name):
+        with small_disk(), pytest.raises(OutputError, match=name):
             write(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
