@@ -159,7 +159,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     lines = [[*columns], ["-" * width for width in widths], *cells]
     print(f"\n{title}")
     for line in lines:
-        first, *others = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths)))  # noqa: B905
+        first, *others = (
+            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=False))
+        )
         print("  ".join([first, *others]).rstrip(), flush=True)
 
 
