@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os.path import normpath
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ from common.data._rows import (
 from common.errors import InputError
 
 __all__ = [
+    "EvaluationRules",
     "read_datalist",
+    "read_dataset",
     "read_decathlon",
+    "read_evaluation_rules",
     "read_keypoints",
     "read_learn2reg",
     "read_learn2reg_pairs",
@@ -173,25 +177,79 @@ def read_datalist(path: PathLike) -> list[Item]:
     Raises:
         InputError: naming the file, the row and the problem.
     """
-    path = Path(path)
-    if path.is_dir():
-        plain = path / "dataset.json"
-        found = [plain] if plain.is_file() else sorted(path.glob("*_dataset.json"))
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found)
-            what = f"it has several: {names}; name one of them" if found else "it has none"
-            raise InputError(f"'{path}': a data folder holds one dataset.json or <TASK>_dataset.json, but {what}")
-        path = found[0]
+    path = _list_file(Path(path))
     if path.suffix.lower() == ".json":
         content = load_json(path)
         if isinstance(content, dict):
-            learn2reg = any(key in content for key in _LEARN2REG_KEYS)
-            return read_learn2reg(path) if learn2reg else read_decathlon(path)
+            return read_learn2reg(path) if _is_learn2reg(content) else read_decathlon(path)
     rows = read_rows(path)
     if any(role in row for _, row in rows for role in _ROLES):
         return _pairs_of_rows(path, rows, ("label", "keypoints", "mask"))
     check_keys(path, rows, required=("image",), optional=(*_ITEM_FILES[1:], "group", "id"))
     return [absolute(path, where, row, files=_ITEM_FILES) for where, row in rows]
+
+
+def read_dataset(path: PathLike) -> tuple[list[Item], list[Item]]:
+    """Data to train on, and what the data set itself sets aside for validation.
+
+    Of a Learn2Reg data set whose "pairings" are "paired" (NLST) these are its official pairs, fixed and moving as they
+    are given; of another one (OASIS) the scans, and the official validation pairs.
+
+    Args:
+        path: see `read_datalist`.
+
+    Returns:
+        scans or pairs to train on, and scans or pairs to validate on: "registration_val" of a Learn2Reg data set,
+        "validation" of a Decathlon `dataset.json` that has one, nothing otherwise.
+
+    Raises:
+        InputError: naming the file, the row and the problem.
+    """
+    path = _list_file(Path(path))
+    content = load_json(path) if path.suffix.lower() == ".json" else None
+    if not isinstance(content, dict):
+        return read_datalist(path), []
+    if not _is_learn2reg(content):
+        return read_decathlon(path), (read_decathlon(path, "validation") if content.get("validation") else [])
+    if content.get("pairings") == "paired" and content.get("training_paired_images"):
+        training = read_learn2reg_pairs(path, "training_paired_images")
+    else:
+        training = read_learn2reg(path)
+    return training, (read_learn2reg_pairs(path) if content.get("registration_val") else [])
+
+
+@dataclass(frozen=True)
+class EvaluationRules:
+    """What the challenge of a data set asks of an evaluation.
+
+    Attributes:
+        shapes: of every scan and field ("tensorImageShape"), one for each modality without repetition; empty where the
+            data set announces none.
+        masked: whether SDlogJ is taken inside the fixed scan's mask, where there is one. Learn2Reg's own configs do so
+            for its tasks of one patient each (NLST, AbdomenMRCT), not for OASIS and AbdomenCTCT ("unpaired").
+    """
+
+    shapes: tuple[tuple[int, ...], ...] = ()
+    masked: bool = True
+
+
+def read_evaluation_rules(path: PathLike) -> EvaluationRules:
+    """The rules that the description of a Learn2Reg data set holds; the defaults for any other.
+
+    Args:
+        path: see `read_datalist`.
+
+    Raises:
+        InputError: when the file is missing or broken.
+    """
+    path = _list_file(Path(path))
+    content = load_json(path) if path.suffix.lower() == ".json" else None
+    if not isinstance(content, dict) or not _is_learn2reg(content):
+        return EvaluationRules()
+    announced = content.get("tensorImageShape")
+    shapes = announced.values() if isinstance(announced, dict) else [announced]
+    good = [tuple(s) for s in shapes if isinstance(s, list) and len(s) == 3 and all(isinstance(n, int) for n in s)]
+    return EvaluationRules(shapes=tuple(dict.fromkeys(good)), masked=content.get("pairings") != "unpaired")
 
 
 def split_items(items: Sequence[Item], validation: int | float) -> tuple[list[Item], list[Item]]:
@@ -252,6 +310,25 @@ def read_keypoints(path: PathLike) -> np.ndarray:
 
 
 # Parts of the layouts
+
+
+def _list_file(path: Path) -> Path:
+    """The file to read where a folder is given."""
+    if path.is_dir():
+        plain = path / "dataset.json"
+        found = [plain] if plain.is_file() else sorted(path.glob("*_dataset.json"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found)
+            what = f"it has several: {names}; name one of them" if found else "it has none"
+            raise InputError(f"'{path}': a data folder holds one dataset.json or <TASK>_dataset.json, but {what}")
+        return found[0]
+    if not path.exists() and path.suffix.lower() not in (".csv", ".json"):
+        raise InputError(f"the data folder '{path}' does not exist")
+    return path
+
+
+def _is_learn2reg(content: dict[str, Any]) -> bool:
+    return any(key in content for key in _LEARN2REG_KEYS)
 
 
 def _section(path: Path, content: dict[str, Any], section: str) -> list[Any]:

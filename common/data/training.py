@@ -10,28 +10,40 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from common.data.pairs import PairDataset, Pairing
-from common.data.readers import Item, read_datalist, split_items
+from common.data.readers import EvaluationRules, Item, read_dataset, read_evaluation_rules, split_items
 from common.data.synthetic import SyntheticPairs
+from common.errors import InputError
 
 __all__ = ["TrainingPairs", "TrainingScans"]
 
 
 class TrainingScans:
-    """The scans of a data set, split into training and validation; both empty without a data set.
+    """The scans or pairs of a data set, split into training and validation; both empty without a data set.
 
     Args:
-        dataset_dir: folder of a data set, see `read_datalist`; None for generated pairs.
+        dataset_dir: folder of a data set, see `read_dataset`; None for generated pairs.
         datalist: a list inside that folder, when the folder does not say it all itself.
-        validation: number or fraction of the scans to validate on, the last ones of the list.
+        validation: number or fraction of the scans to validate on, the last ones of the training list. None for those
+            that the data set itself names (Learn2Reg's official pairs), and a fifth where it names none.
     """
 
-    def __init__(self, *, dataset_dir: str | None, datalist: str | None = None, validation: int | float = 0.2) -> None:
-        self.path = os.path.join(dataset_dir or "", datalist or "")
+    def __init__(
+        self, *, dataset_dir: str | None, datalist: str | None = None, validation: int | float | None = None
+    ) -> None:
+        self.dataset_dir = dataset_dir or ""
+        self.path = os.path.join(self.dataset_dir, datalist or "")
         self.fraction = validation
 
     @cached_property
     def _split(self) -> tuple[list[Item], list[Item]]:
-        return split_items(read_datalist(self.path), self.fraction) if self.path else ([], [])
+        if not self.path:
+            return [], []
+        if self.dataset_dir and not os.path.exists(self.dataset_dir):  # before a list inside it is looked for
+            raise InputError(f"the data folder '{self.dataset_dir}' does not exist")
+        training, official = read_dataset(self.path)
+        if self.fraction is None and official:
+            return training, official
+        return split_items(training, 0.2 if self.fraction is None else self.fraction)
 
     @property
     def training(self) -> list[Item]:
@@ -40,6 +52,11 @@ class TrainingScans:
     @property
     def validation(self) -> list[Item]:
         return self._split[1]
+
+    @cached_property
+    def rules(self) -> EvaluationRules:
+        """See `read_evaluation_rules`."""
+        return read_evaluation_rules(self.path) if self.path else EvaluationRules()
 
 
 class TrainingPairs(Dataset):
@@ -90,5 +107,5 @@ class TrainingPairs(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.pairs[index]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.pairs[index], "pair_index": index}

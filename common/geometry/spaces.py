@@ -6,18 +6,21 @@ this project are i, j, k, nibabel's order. ITK's own arrays are (k, j, i): only 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import itk
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from common.layers.warp import sample_at, warp
 
 __all__ = [
     "Grid",
+    "PairGrids",
     "array_to_itk",
     "ddf_to_displacement",
     "displacement_to_ddf",
@@ -93,6 +96,109 @@ class Grid:
         affine[:3, :3] = matrix
         affine[:3, 3] = centre - matrix @ ((shape - 1) / 2)
         return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairGrids:
+    """The arrays of two scans and the grid on which a network saw them: its field in terms of the scans' own voxels.
+
+    `total(x) = fixed_to_moving(x + u(x))` in LPS mm, with u the network's field.
+
+    Attributes:
+        fixed, moving: grids of the two scans.
+        network: grid of the network's field, in the fixed scan's space.
+        fixed_to_moving: (4, 4), LPS mm, what was done to the pair before the network saw it.
+    """
+
+    fixed: Grid
+    moving: Grid
+    network: Grid
+    fixed_to_moving: np.ndarray
+
+    def displacement(self, ddf: Tensor | np.ndarray) -> np.ndarray:
+        """The whole map from the fixed to the moving array: what Learn2Reg calls the displacement field.
+
+        Where both scans and the network share one grid it is `ddf`, bit for bit.
+
+        Args:
+            ddf: (3, D, H, W), voxels of the network's grid; between voxels trilinear, beyond the border repeated.
+
+        Returns:
+            (3, *fixed.shape) float32, voxels of the moving array: `total(p) - p`, p a voxel of the fixed array.
+
+        Raises:
+            ValueError: when the field is not on the network's grid.
+        """
+        to_moving_voxels = np.linalg.inv(self.moving.affine) @ self.fixed_to_moving
+        vectors = _snapped((to_moving_voxels @ self.network.affine)[:3, :3])
+        field = np.einsum("ac,cijk->aijk", vectors, self._at_fixed_voxels(ddf))
+        field += _affine_field(self._fixed_to_moving_voxels, self.fixed.shape)
+        return field.astype(np.float32)
+
+    def deformation(self, displacement: np.ndarray) -> np.ndarray:
+        """The same map without what separates the two arrays, so that its Jacobian is that of the deformation alone.
+
+        Two scans of other spacings or orientations differ by a Jacobian of their own, negative where one array is
+        mirrored.
+
+        Args:
+            displacement: (3, *fixed.shape), voxels of the moving array.
+
+        Returns:
+            (3, *fixed.shape) float32, voxels of the fixed array; `displacement` itself where the scans share one grid.
+        """
+        back = np.linalg.inv(self._fixed_to_moving_voxels)
+        field = np.einsum("ac,cijk->aijk", back[:3, :3], np.asarray(displacement, dtype=np.float64))
+        return (field + _affine_field(back, self.fixed.shape)).astype(np.float32)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """As plain arrays, which a data loader can collate."""
+        grids = {"fixed": self.fixed, "moving": self.moving, "network": self.network}
+        shapes = {f"{name}_shape": np.array(grid.shape) for name, grid in grids.items()}
+        affines = {f"{name}_affine": grid.affine for name, grid in grids.items()}
+        return {**shapes, **affines, "fixed_to_moving": self.fixed_to_moving}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor | np.ndarray]) -> PairGrids:
+        """Back from `to_arrays`, with or without the batch axis of a batch of one."""
+        values = {key: np.asarray(value) for key, value in arrays.items()}
+        grids = {}
+        for name in ("fixed", "moving", "network"):
+            d, h, w = values[f"{name}_shape"].reshape(3).tolist()
+            grids[name] = Grid((d, h, w), values[f"{name}_affine"].reshape(4, 4))
+        return cls(**grids, fixed_to_moving=values["fixed_to_moving"].reshape(4, 4))
+
+    @property
+    def _fixed_to_moving_voxels(self) -> np.ndarray:
+        return _snapped(np.linalg.inv(self.moving.affine) @ self.fixed_to_moving @ self.fixed.affine)
+
+    def _at_fixed_voxels(self, ddf: Tensor | np.ndarray) -> np.ndarray:
+        """(3, *fixed.shape) float64, the field's vectors, still voxels of the network's grid."""
+        field = np.asarray(ddf.detach().cpu() if isinstance(ddf, Tensor) else ddf, dtype=np.float64)
+        if field.shape != (3, *self.network.shape):
+            raise ValueError(f"a field {field.shape} does not fit a network grid {self.network.shape}")
+        to_network = _snapped(np.linalg.inv(self.network.affine) @ self.fixed.affine)
+        start = to_network[:3, 3]
+        stop = start + self.fixed.shape
+        whole = np.array_equal(to_network[:3, :3], np.eye(3)) and np.array_equal(start, np.rint(start))
+        if whole and (start >= 0).all() and (stop <= self.network.shape).all():
+            i, j, k = (slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+            return field[:, i, j, k]
+        at = _affine_field(to_network, self.fixed.shape) + np.indices(self.fixed.shape)
+        return np.stack([ndimage.map_coordinates(channel, at, order=1, mode="nearest") for channel in field])
+
+
+def _snapped(matrix: np.ndarray) -> np.ndarray:
+    """Rid of rounding errors near whole numbers, so that equal grids map to each other exactly."""
+    whole = np.rint(matrix)
+    return np.where(np.abs(matrix - whole) < 1e-9, whole, matrix)
+
+
+def _affine_field(voxel_map: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """(3, *shape) float64: where a (4, 4) map takes each voxel, minus where it is."""
+    i, j, k = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    rows = voxel_map[:3] - np.eye(4)[:3]
+    return np.stack([np.broadcast_to(a * i + b * j + c * k + d, shape) for a, b, c, d in rows])
 
 
 def swap_lps_ras(affine: np.ndarray) -> np.ndarray:

@@ -61,8 +61,8 @@ class SequenceInferer(Inferer):
 def choose_network_grid(
     fixed: Grid,
     *,
+    bytes_per_voxel: float,
     spacing: float | None = None,
-    bytes_per_voxel: float = 650.0,
     max_voxels: int = 192**3,
     min_size: int = 96,
     device: str | torch.device = "cpu",
@@ -75,8 +75,8 @@ def choose_network_grid(
 
     Args:
         fixed: the fixed image's grid.
-        spacing: mm; chosen when None.
         bytes_per_voxel: what a forward pass takes at its peak.
+        spacing: mm; chosen when None.
         max_voxels: upper limit of the choice; an explicit `spacing` may exceed it, but not the memory.
         min_size: see above.
         device: where the network runs.

@@ -74,13 +74,16 @@ class ImagePair:
         return grid_of(self.moving)
 
 
-def load_pair(files: Mapping[str, Any], *, modality: Modality = "auto") -> ImagePair:
+def load_pair(
+    files: Mapping[str, Any], *, modality: Modality = "auto", window: str | tuple[float, float] = "wide"
+) -> ImagePair:
     """Read everything that belongs to a pair.
 
     Args:
         files: paths under `fixed` and `moving`, and optionally `fixed_label`, `moving_label`, `fixed_mask`,
             `fixed_landmarks`, `moving_landmarks`.
         modality: "mr", "ct" or "auto", see `normalize_intensity`.
+        window: of CT, see there.
 
     Returns:
         the checked pair.
@@ -109,8 +112,8 @@ def load_pair(files: Mapping[str, Any], *, modality: Modality = "auto") -> Image
             f"the moving landmarks {paths['moving_landmarks']} need fixed ones to be compared with: "
             "give --fixed_landmarks"
         )
-    fixed_intensity, fixed_modality = normalize_intensity(_volume(fixed), modality)
-    moving_intensity, moving_modality = normalize_intensity(_volume(moving), modality)
+    fixed_intensity, fixed_modality = _normalized(fixed, modality, window)
+    moving_intensity, moving_modality = _normalized(moving, modality, window)
     return ImagePair(
         fixed=fixed,
         moving=moving,
@@ -126,8 +129,12 @@ def load_pair(files: Mapping[str, Any], *, modality: Modality = "auto") -> Image
     )
 
 
-def _volume(image: Any) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(itk_to_array(image)))[None]
+def _normalized(image: Any, modality: Modality, window: str | tuple[float, float]) -> tuple[Tensor, str]:
+    volume = torch.from_numpy(np.ascontiguousarray(itk_to_array(image)))[None]
+    try:
+        return normalize_intensity(volume, modality, window=window)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 class Registration:

@@ -58,15 +58,18 @@ class LoadPaird(Transform):
 
     Args:
         modality: "mr", "ct" or "auto".
+        window: of CT, the one that the weights were trained with; a name of `CT_WINDOWS` or its two ends in HU.
     """
 
-    def __init__(self, *, modality: Modality = "auto") -> None:
+    def __init__(self, *, modality: Modality = "auto", window: str | tuple[float, float] = "wide") -> None:
         self.modality = modality
+        self.window = window
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
         with _timed(result, "reading"):
-            result["pair"] = load_pair({str(k): v for k, v in data.items()}, modality=self.modality)
+            files = {str(key): value for key, value in data.items()}
+            result["pair"] = load_pair(files, modality=self.modality, window=self.window)
         return result
 
 
@@ -94,8 +97,8 @@ class SampleNetworkGridd(Transform):
     """Resample both scans onto the network grid, the moving one through the affine stage.
 
     Args:
+        bytes_per_voxel: what a forward pass of the network takes at its peak.
         spacing: mm of the network grid; chosen by `choose_network_grid` when None.
-        bytes_per_voxel: of a forward pass, for the choice.
         max_voxels: upper limit of the choice.
         device: where the network runs.
     """
@@ -103,13 +106,13 @@ class SampleNetworkGridd(Transform):
     def __init__(
         self,
         *,
+        bytes_per_voxel: float,
         spacing: float | None = None,
-        bytes_per_voxel: float = 650.0,
         max_voxels: int = 192**3,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.spacing = spacing
         self.bytes_per_voxel = bytes_per_voxel
+        self.spacing = spacing
         self.max_voxels = max_voxels
         self.device = device
 
@@ -119,8 +122,8 @@ class SampleNetworkGridd(Transform):
         with _timed(result, "resampling"):
             grid = choose_network_grid(
                 pair.fixed_grid,
-                spacing=self.spacing,
                 bytes_per_voxel=self.bytes_per_voxel,
+                spacing=self.spacing,
                 max_voxels=self.max_voxels,
                 device=self.device,
             )

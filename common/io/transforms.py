@@ -205,7 +205,8 @@ def write_displacement(path: str | os.PathLike[str], displacement: np.ndarray, g
 def write_learn2reg(path: str | os.PathLike[str], ddf: Tensor | np.ndarray, *, grid: Grid | None = None) -> None:
     """Write a field in the form of the Learn2Reg challenges: NIfTI (D, H, W, 3), voxels, pull-back, float32.
 
-    Only meaningful where fixed and moving share one grid, as that form says nothing of physical space.
+    That form says nothing of physical space: voxel p of the fixed array lies at p + ddf(p) of the moving array, so
+    where the two scans differ in their grids, `ddf` has to contain that (`PairGrids.displacement`).
 
     Args:
         path: `.nii` or `.nii.gz`.
@@ -213,13 +214,15 @@ def write_learn2reg(path: str | os.PathLike[str], ddf: Tensor | np.ndarray, *, g
         grid: gives the header its affine; identity when None, as the challenges' own files.
 
     Raises:
-        OutputError: when it cannot be written.
+        OutputError: when it cannot be written, or holds a value that is not finite, which makes a submission void.
     """
     if file_extension(path) not in (".nii", ".nii.gz"):
         raise OutputError(f"{path} cannot be written: a Learn2Reg field's file ends in .nii.gz")
     field = np.asarray(ddf, dtype=np.float32)
     if field.ndim != 4 or field.shape[0] != 3:
         raise ValueError(f"a field is an array (3, D, H, W), got {field.shape}")
+    if not np.isfinite(field).all():
+        raise OutputError(f"{path} is not written: the field holds values that are not finite")
     affine = np.eye(4) if grid is None else swap_lps_ras(grid.affine)
     with atomic_path(path) as temporary:
         nib.save(nib.Nifti1Image(np.moveaxis(field, 0, -1), affine), temporary)

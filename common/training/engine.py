@@ -91,6 +91,7 @@ class TrainingRun:
         output_dir: where the two files go.
         resume: continue from `last.pt`.
         initial_weights: path of a state dict to start from, when not resuming.
+        start_epoch: number of epochs that count as done, when not resuming.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class TrainingRun:
         output_dir: str | os.PathLike[str],
         resume: bool = False,
         initial_weights: str | None = None,
+        start_epoch: int = 0,
     ) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
@@ -114,6 +116,7 @@ class TrainingRun:
         self.best_path = Path(output_dir) / "model.pt"
         self.resume = resume
         self.initial_weights = initial_weights
+        self.start_epoch = start_epoch
         # Both after the handlers of the config: an epoch is saved once it is validated.
         evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._save_best)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save_last)
@@ -131,8 +134,13 @@ class TrainingRun:
             check_output_dir(self.last_path.parent)
             if self.resume:
                 self._load()
-            elif self.initial_weights:
-                load_weights(self.network, self.initial_weights)
+            else:
+                if self.initial_weights:
+                    load_weights(self.network, self.initial_weights)
+                if self.start_epoch:
+                    length, max_epochs = len(self.trainer.data_loader), self.trainer.state.max_epochs
+                    position = {"epoch": self.start_epoch, "epoch_length": length, "max_epochs": max_epochs}
+                    self.trainer.load_state_dict(position)
             if self.trainer.state.epoch < self.trainer.state.max_epochs:
                 self.trainer.run()
         except Exception as error:

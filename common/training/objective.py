@@ -27,6 +27,7 @@ class RegistrationObjective(nn.Module):
         supervision: "field": distance to the exact field of generated pairs; "similarity": of the warped to the fixed
             image; "auto": the field where the pair has an exact one, else the similarity.
         similarity: image loss, called as similarity(fixed, warped).
+        similarity_weight: its weight, and that of the distance to the exact field.
         smoothness: field loss, called as smoothness(ddf).
         smoothness_weight: its weight.
         labels: label values for the soft Dice loss, which needs labelled pairs.
@@ -43,6 +44,7 @@ class RegistrationObjective(nn.Module):
         similarity: nn.Module,
         smoothness: nn.Module | None = None,
         supervision: Supervision = "auto",
+        similarity_weight: float = 1.0,
         smoothness_weight: float = 1.0,
         labels: Sequence[int] = (),
         label_weight: float = 0.0,
@@ -54,6 +56,7 @@ class RegistrationObjective(nn.Module):
         super().__init__()
         self.supervision = supervision
         self.similarity = similarity
+        self.similarity_weight = similarity_weight
         self.smoothness = smoothness or GradientLoss(penalty="l2")
         self.smoothness_weight = smoothness_weight
         self.field_error = EndpointErrorLoss()
@@ -70,8 +73,10 @@ class RegistrationObjective(nn.Module):
 
         Args:
             estimates: one ddf (B, 3, D, H, W) or a sequence from first to last.
-            pair: `image` (B, 2, D, H, W), and what the chosen terms need: `ddf` and `mask`, `fixed_label` and
-                `moving_label`, `fixed_keypoints` and `moving_keypoints`.
+            pair: `image` (B, 2, D, H, W), or `fixed` and `moving`, which may be of different sizes, as where `fixed` is
+                a patch; and what the chosen terms need: `ddf` and `mask`; `fixed_label` and `moving_label`, or
+                `fixed_one_hot` and `moving_one_hot` (B, labels, D, H, W) in [0, 1]; `fixed_keypoints` and
+                `moving_keypoints`. `spacing`, mm, takes the place of the constructor's.
 
         Returns:
             scalar.
@@ -89,17 +94,31 @@ class RegistrationObjective(nn.Module):
             weight = self.background_weight + (1 - self.background_weight) * mask
             loss = self.field_error(ddf, _needed(pair, "ddf", "an exact field"), weight)
         else:
-            moving, fixed = torch.split(pair["image"], 1, dim=1)
+            moving, fixed = _images(pair)
             loss = self.similarity(fixed, warp(moving, ddf, padding_mode="zeros"))
+        loss = self.similarity_weight * loss
         if self.smoothness_weight:
             loss = loss + self.smoothness_weight * self.smoothness(ddf)
         if self.soft_dice is not None:
-            labels = (_needed(pair, key, "labels") for key in ("fixed_label", "moving_label"))
-            loss = loss + self.label_weight * self.soft_dice(*labels, ddf)
+            loss = loss + self.label_weight * self._dice(ddf, pair)
         if self.landmark_error is not None:
             points = (_needed(pair, key, "key points") for key in ("fixed_keypoints", "moving_keypoints"))
-            loss = loss + self.landmark_weight * self.landmark_error(*points, ddf, self.spacing)
+            loss = loss + self.landmark_weight * self.landmark_error(*points, ddf, pair.get("spacing", self.spacing))
         return loss
+
+    def _dice(self, ddf: Tensor, pair: Mapping[str, Any]) -> Tensor:
+        assert self.soft_dice is not None
+        if "fixed_one_hot" in pair:
+            return self.soft_dice.of_one_hot(pair["fixed_one_hot"], pair["moving_one_hot"], ddf)
+        return self.soft_dice(*(_needed(pair, key, "labels") for key in ("fixed_label", "moving_label")), ddf)
+
+
+def _images(pair: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Moving and fixed image."""
+    if "image" in pair:
+        moving, fixed = torch.split(pair["image"], 1, dim=1)
+        return moving, fixed
+    return pair["moving"], pair["fixed"]
 
 
 def _needed(pair: Mapping[str, Any], key: str, what: str) -> Tensor:

@@ -10,7 +10,7 @@ from ignite.metrics import Average
 from torch import Tensor
 
 from common.layers.warp import warp
-from common.metrics import dice_macro, folding_percent, hd95, ncc, sdlogj, tre_mm
+from common.metrics import dice_macro, dice_micro, folding_percent, hd95, ncc, sdlogj, tre_mm
 from common.training.objective import _needed
 
 __all__ = ["ERROR_FIGURES", "ValidationFigure", "better", "validation_metrics"]
@@ -23,8 +23,8 @@ class ValidationFigure:
     """One figure of a validated pair, for `ignite.metrics.Average(output_transform=...)`.
 
     Args:
-        name: "endpoint_error" (voxels, needs the exact field), "dice" and "hd95" (labels), "tre_mm" (key points),
-            "ncc", "folding_percent" or "sdlogj".
+        name: "endpoint_error" (voxels, needs the exact field), "dice", "dice_micro" and "hd95" (labels), "tre_mm" (key
+            points), "ncc", "folding_percent" or "sdlogj".
         spacing: mm of the network grid, for "tre_mm".
 
     Raises:
@@ -77,6 +77,10 @@ def _dice(ddf: Tensor, pair: Mapping[str, Tensor], spacing: tuple[float, ...]) -
     return dice_macro(*_warped_labels(ddf, pair))
 
 
+def _dice_micro(ddf: Tensor, pair: Mapping[str, Tensor], spacing: tuple[float, ...]) -> float:
+    return dice_micro(*_warped_labels(ddf, pair))
+
+
 def _hd95(ddf: Tensor, pair: Mapping[str, Tensor], spacing: tuple[float, ...]) -> float:
     return hd95(*_warped_labels(ddf, pair))
 
@@ -95,6 +99,7 @@ def _ncc(ddf: Tensor, pair: Mapping[str, Tensor], spacing: tuple[float, ...]) ->
 _FIGURES: dict[str, Callable[[Tensor, Mapping[str, Tensor], tuple[float, ...]], float]] = {
     "endpoint_error": _endpoint_error,
     "dice": _dice,
+    "dice_micro": _dice_micro,
     "hd95": _hd95,
     "tre_mm": _tre,
     "ncc": _ncc,

@@ -13,10 +13,11 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from common.errors import InputError
-from common.geometry.spaces import Grid, resample_to_grid, swap_lps_ras
+from common.geometry.spaces import Grid, PairGrids, resample_to_grid, swap_lps_ras
 
 __all__ = ["ResampleToNetworkGridd", "network_grid"]
 
+_SAME_GRID_TOLERANCE = 1e-2  # mm, at the corners; the tolerance of `common.io`
 _KEYS = tuple(f"{role}{suffix}" for suffix in ("", "_label", "_mask", "_keypoints") for role in ("fixed", "moving"))
 
 
@@ -85,10 +86,13 @@ class ResampleToNetworkGridd(MapTransform):
             structure carry its place in the crop, not in the world: the 40 validation pairs of Task04_Hippocampus
             have a Dice of 0.50 without and of 0.58 with it. The shift is not part of the field that the network
             then predicts.
+        grids_key: where to put the arrays of the pair's `PairGrids`; not at all when None. Given, the labels, masks and
+            key points that are not among `keys` stay on their scan's own array, for figures that are measured there.
 
     Raises:
         ValueError: when an option is none of the above.
-        InputError: when the dict lacks a scan, or a scan is not 3D or has no place in space.
+        InputError: when the dict lacks a scan, or a scan is not 3D or has no place in space, or when a label or mask
+            that stays is not on its scan's grid.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class ResampleToNetworkGridd(MapTransform):
         spacing: float | Sequence[float] | None = None,
         multiple: int = 16,
         centre_align: bool = True,
+        grids_key: str | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys=True)
         unknown = [str(key) for key in self.keys if key not in _KEYS]
@@ -110,6 +115,7 @@ class ResampleToNetworkGridd(MapTransform):
         self.spacing = spacing
         self.multiple = multiple
         self.centre_align = centre_align
+        self.grids_key = grids_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resample the pair."""
@@ -119,6 +125,14 @@ class ResampleToNetworkGridd(MapTransform):
         shift = {"fixed": np.zeros(3), "moving": np.zeros(3)}  # network's space -> role's space, mm
         if self.centre_align:
             shift["moving"] = _centre(grids["moving"]) - _centre(grids["fixed"])
+        if self.grids_key is not None:
+            for role in ("fixed", "moving"):
+                for key in {f"{role}_label", f"{role}_mask"}.difference(map(str, self.keys)).intersection(data):
+                    _check_on_grid(key, data[key], grids[role])
+            fixed_to_moving = np.eye(4)
+            fixed_to_moving[:3, 3] = shift["moving"]
+            pair = PairGrids(network=target, fixed_to_moving=fixed_to_moving, **grids)
+            result[self.grids_key] = pair.to_arrays()
         for key in self.key_iterator(result):
             role, _, kind = str(key).partition("_")
             if kind == "keypoints":
@@ -148,6 +162,16 @@ def _grid(key: str, volume: Tensor, default: Grid | None = None) -> Grid:
     if default is None or default.shape != shape:
         raise InputError(f"'{key}' has no place in space and another shape than its image: {shape}")
     return default
+
+
+def _check_on_grid(key: str, volume: Tensor, image_grid: Grid) -> None:
+    grid = _grid(key, volume, image_grid)
+    name = f"'{volume.meta.get('filename_or_obj', key) if isinstance(volume, MetaTensor) else key}'"
+    if grid.shape != image_grid.shape:
+        raise InputError(f"{name} has the shape {grid.shape}, but its image has the shape {image_grid.shape}")
+    distance = float(np.abs(grid.corners - image_grid.corners).max())
+    if distance > _SAME_GRID_TOLERANCE:
+        raise InputError(f"{name} is not on the grid of its image: their corners are up to {distance:.2f} mm apart")
 
 
 def _resample(key: str, value: Any, image_grid: Grid, target: Grid, shift: np.ndarray, *, nearest: bool) -> MetaTensor:

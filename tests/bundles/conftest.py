@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from bundle_list import BUNDLES
 
 from common.packing import pack_bundle
@@ -24,16 +23,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _restored_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A workflow changes the process: search path, hook for exceptions, determinism."""
+def _strict_process(restored_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI refuses a key that a config names twice."""
     monkeypatch.setenv("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    benchmark = torch.backends.cudnn.benchmark
-    yield
-    torch.backends.cudnn.benchmark = benchmark
-    torch.backends.cudnn.deterministic = False
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from bundle_list import tiny_network
 from monai.bundle import ConfigParser
 from monai.transforms import SaveImaged
 
@@ -117,6 +118,7 @@ def test_training_config_takes_the_overrides(
             "epoch_length": 1,
             "shape": [32, 32, 32],
             "output_dir": str(tmp_path),
+            **tiny_network(bundle),
         }
     )
     parser.parse(reset=True)

@@ -3,92 +3,48 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
+from learn2reg_layout import OASIS_TRAINING, make_nlst, make_oasis
 
 from common.data.readers import (
+    EvaluationRules,
     read_datalist,
+    read_dataset,
     read_decathlon,
+    read_evaluation_rules,
     read_keypoints,
     read_learn2reg,
     read_learn2reg_pairs,
     read_pairs,
     split_items,
 )
+from common.data.training import TrainingPairs, TrainingScans
 from common.errors import InputError
-
-
-def volume(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4)), path)
 
 
 @pytest.fixture
 def oasis(tmp_path: Path) -> Path:
-    """Learn2Reg OASIS: unpaired, labels, validation scans listed under training as well."""
-    names = [f"OASIS_{n:04d}_0000.nii.gz" for n in (1, 2, 3, 395, 396, 397)]
-    for name in names:
-        volume(tmp_path / "imagesTr" / name)
-        volume(tmp_path / "labelsTr" / name)
-        volume(tmp_path / "masksTr" / name)  # not named in the json
-    content = {
-        "name": "OASIS",
-        "pairings": "unpaired",
-        "registration_direction": {"fixed": 0, "moving": 0},
-        "modality": {"0": "MR"},
-        "tensorImageSize": {"0": "3D"},
-        "tensorImageShape": {"0": [160, 224, 192]},
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
-        "registration_val": [{"fixed": f"./imagesTr/{a}", "moving": f"./imagesTr/{b}"} for a, b in pairwise(names[3:])],
-        "test": [],
-    }
-    (tmp_path / "OASIS_dataset.json").write_text(json.dumps(content))
-    return tmp_path / "OASIS_dataset.json"
+    """Unpaired, labels, validation scans listed under training as well, masks not named in the json."""
+    return make_oasis(tmp_path, shape=(16, 16, 16)).json
 
 
 @pytest.fixture
 def nlst(tmp_path: Path) -> Path:
-    """Learn2Reg NLST: two scans a patient, masks, key points listed as .nii.gz though they are .csv."""
-    training, pairs = [], []
-    for case in (1, 2, 101):
-        for time in (0, 1):
-            name = f"NLST_{case:04d}_{time:04d}"
-            volume(tmp_path / "imagesTr" / f"{name}.nii.gz")
-            volume(tmp_path / "masksTr" / f"{name}.nii.gz")
-            (tmp_path / "keypointsTr").mkdir(exist_ok=True)
-            (tmp_path / "keypointsTr" / f"{name}.csv").write_text(f"1.5,2,{case}\n3,4,{time}\n")
-            training.append(
-                {
-                    "image": f"./imagesTr/{name}.nii.gz",
-                    "mask": f"./masksTr/{name}.nii.gz",
-                    "keypoints": f"./keypointsTr/{name}.nii.gz",
-                }
-            )
-        pairs.append({role: f"./imagesTr/NLST_{case:04d}_{t:04d}.nii.gz" for t, role in enumerate(("fixed", "moving"))})
-    content = {
-        "name": "NLST",
-        "pairings": "paired",
-        "tensorImageShape": {"0": [224, 192, 224]},
-        "training": training,
-        "training_paired_images": pairs,
-        "registration_val": [{role: path.removeprefix("./") for role, path in pairs[-1].items()}],
-    }
-    (tmp_path / "NLST_dataset.json").write_text(json.dumps(content))
-    return tmp_path / "NLST_dataset.json"
+    """Two scans a patient, masks, key points listed as .nii.gz though they are .csv."""
+    return make_nlst(tmp_path, shape=(16, 16, 16)).json
 
 
 def test_oasis(oasis: Path) -> None:
     items = read_learn2reg(oasis)
-    assert [Path(item["image"]).name for item in items] == [f"OASIS_{n:04d}_0000.nii.gz" for n in (1, 2, 3)]
+    assert [Path(item["image"]).name for item in items] == [f"OASIS_{n:04d}_0000.nii.gz" for n in OASIS_TRAINING]
     assert items[0] == {
         key: str(oasis.parent / folder / "OASIS_0001_0000.nii.gz")
         for key, folder in (("image", "imagesTr"), ("label", "labelsTr"), ("mask", "masksTr"))
     }
-    assert len(read_learn2reg(oasis, exclude_validation=False)) == 6
+    assert len(read_learn2reg(oasis, exclude_validation=False)) == 7
     assert [Path(item["image"]).name[6:10] for item in read_learn2reg(oasis, "val")] == ["0395", "0396", "0397"]
     pairs = read_learn2reg_pairs(oasis)
     assert [(Path(p["fixed"]).name[6:10], Path(p["moving"]).name[6:10]) for p in pairs] == [
@@ -98,24 +54,88 @@ def test_oasis(oasis: Path) -> None:
     assert pairs[0]["moving_label"] == str(oasis.parent / "labelsTr" / "OASIS_0396_0000.nii.gz")
     assert pairs[0]["id"] == "OASIS_0396_0000_to_OASIS_0395_0000"
     assert read_datalist(oasis.parent) == read_datalist(oasis) == items
+    assert read_dataset(oasis.parent) == read_dataset(oasis) == (items, pairs)
+    assert read_evaluation_rules(oasis.parent) == EvaluationRules(shapes=((16, 16, 16),), masked=False)
+    test_pair = read_learn2reg_pairs(oasis, "registration_test")[0]
+    assert Path(test_pair["fixed"]).relative_to(oasis.parent).as_posix() == "imagesTs/OASIS_0451_0000.nii.gz"
 
 
 def test_nlst(nlst: Path) -> None:
     items = read_learn2reg(nlst)
-    assert [item["group"] for item in items] == ["NLST_0001"] * 2 + ["NLST_0002"] * 2
+    assert [item["group"] for item in items] == [f"NLST_{n:04d}" for n in (1, 1, 2, 2, 3, 3)]
     assert items[0]["keypoints"] == str(nlst.parent / "keypointsTr" / "NLST_0001_0000.csv")
     assert "label" not in items[0]
-    assert len(read_learn2reg_pairs(nlst, "training_paired_images")) == 2
-    assert len(read_learn2reg_pairs(nlst, "training_paired_images", exclude_validation=False)) == 3
-    (pair,) = read_learn2reg_pairs(nlst, "registration_val")
+    training = read_learn2reg_pairs(nlst, "training_paired_images")
+    assert len(training) == 3
+    assert len(read_learn2reg_pairs(nlst, "training_paired_images", exclude_validation=False)) == 5
+    pairs = read_learn2reg_pairs(nlst, "registration_val")
     roles = {f"{role}{key}" for role in ("fixed", "moving") for key in ("", "_mask", "_keypoints")}
-    assert set(pair) == roles | {"id"}
-    np.testing.assert_array_equal(read_keypoints(pair["moving_keypoints"]), [[1.5, 2, 101], [3, 4, 1]])
+    assert len(pairs) == 2 and set(pairs[0]) == roles | {"id"}
+    assert Path(pairs[0]["moving"]).name == "NLST_0101_0001.nii.gz"
+    points = np.loadtxt(nlst.parent / "keypointsTr" / "NLST_0101_0001.csv", delimiter=",")
+    np.testing.assert_array_equal(read_keypoints(pairs[0]["moving_keypoints"]), points)
+    assert read_dataset(nlst) == (training, pairs)  # the official pairs, in their direction
+
+
+def test_dataset_without_a_list_of_its_own_for_validation(scans: Path, nlst: Path) -> None:
+    (scans / "scans.csv").write_text("image\na.nii.gz\nb.nii.gz\n")
+    assert read_dataset(scans / "scans.csv") == (read_datalist(scans / "scans.csv"), [])
+    assert read_evaluation_rules(scans / "scans.csv") == EvaluationRules()
+    content = json.loads(nlst.read_text())
+    for key in ("registration_val", "tensorImageShape"):
+        del content[key]
+    nlst.write_text(json.dumps(content))
+    training, validation = read_dataset(nlst)
+    assert len(training) == 5 and validation == []
+    assert read_evaluation_rules(nlst) == EvaluationRules(shapes=(), masked=True)
+    plain = {"training": [{"image": "a.nii.gz"}], "validation": [{"image": "b.nii.gz"}]}
+    (scans / "dataset.json").write_text(json.dumps(plain))
+    assert read_dataset(scans / "dataset.json") == (
+        [{"image": str(scans / "a.nii.gz")}],
+        [{"image": str(scans / "b.nii.gz")}],
+    )
+
+
+def test_split_of_a_dataset(oasis: Path, nlst: Path, tmp_path: Path) -> None:
+    """The data set's own list unless a number asks for the last ones of the training list."""
+    official = TrainingScans(dataset_dir=str(tmp_path), datalist=oasis.name)
+    assert (official.training, official.validation) == read_dataset(oasis)
+    assert len(TrainingScans(dataset_dir=str(nlst), validation=None).validation) == 2
+    for validation, count in ((1, 1), (0.5, 2)):
+        scans = TrainingScans(dataset_dir=str(oasis), validation=validation)
+        assert scans.training + scans.validation == read_learn2reg(oasis) and len(scans.validation) == count
+    pairs = TrainingScans(dataset_dir=str(nlst), validation=1)
+    assert [Path(pair["fixed"]).name for pair in pairs.validation] == ["NLST_0003_0000.nii.gz"]
+    assert len(pairs.training) == 2
+    nothing = TrainingScans(dataset_dir=None)
+    assert (nothing.training, nothing.validation, nothing.rules) == ([], [], EvaluationRules())
+
+
+def test_missing_data_folder(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    sentence = f"the data folder '{missing}' does not exist"
+    for datalist in (None, "scans.csv"):
+        with pytest.raises(InputError) as caught:
+            _ = TrainingScans(dataset_dir=str(missing), datalist=datalist).training
+        assert str(caught.value) == sentence
+    with pytest.raises(InputError) as caught:
+        read_datalist(missing)
+    assert str(caught.value) == sentence
+
+
+def test_too_few_scans_to_split(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "one.csv").write_text("image\na.nii.gz\n")
+    with pytest.raises(InputError, match="cannot set 1 of 1 items aside"):
+        _ = TrainingScans(dataset_dir=str(tmp_path), datalist="one.csv", validation=1).training
+    scans = TrainingScans(dataset_dir=str(tmp_path), datalist="one.csv")
+    with pytest.raises(InputError, match="pairs are made of at least 2 scans, and the list has 1"):
+        TrainingPairs(data=scans.training)
 
 
 def test_learn2reg_errors(nlst: Path) -> None:
-    with pytest.raises(InputError, match=r"NLST_dataset.json': it has no list 'registration_test'.*training"):
-        read_learn2reg_pairs(nlst, "registration_test")
+    with pytest.raises(InputError, match=r"NLST_dataset.json': it has no list 'test_paired_images'.*training"):
+        read_learn2reg_pairs(nlst, "test_paired_images")
     with pytest.raises(InputError, match="entry 1 of 'training': it is not a pair"):
         read_learn2reg_pairs(nlst, "training")
     (nlst.parent / "masksTr" / "NLST_0002_0001.nii.gz").unlink()

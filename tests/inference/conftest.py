@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from known_pair import BUNDLE, OBLIQUE, OTHER, Known, affine_about_centre, rotation
+from grids import rotation
+from known_pair import BUNDLE, OBLIQUE, OTHER, Known, affine_about_centre
 from monai.bundle import ConfigWorkflow
 
 
@@ -21,31 +20,11 @@ def known() -> Known:
 
 
 @pytest.fixture
-def _restored_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A workflow changes the search path, the hook for exceptions and determinism."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    benchmark = torch.backends.cudnn.benchmark
-    yield
-    torch.backends.cudnn.benchmark = benchmark
-    torch.backends.cudnn.deterministic = False
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def register(_restored_process: None) -> Callable[..., None]:
+def register(workflow: Callable[..., ConfigWorkflow]) -> Callable[..., None]:
     """Runs inference.json in this process, coarsely, with the command's arguments."""
 
     def run(**arguments: Any) -> None:
         quick = {"device": "cpu", "affine": "moments", "spacing": 4.0, "report": False}
-        workflow = ConfigWorkflow(
-            config_file=str(BUNDLE / "configs" / "inference.json"),
-            workflow_type="infer",
-            logging_file=False,
-            bundle_root=str(BUNDLE),
-            **{**quick, **arguments},
-        )
-        workflow.initialize()
-        workflow.run()
+        workflow(BUNDLE, ["inference"], "infer", bundle_root=str(BUNDLE), **{**quick, **arguments}).run()
 
     return run

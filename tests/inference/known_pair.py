@@ -7,27 +7,15 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from bundle_list import ROOT
+from grids import CENTRE, centred_grid, rotation
 
 from common.geometry.spaces import Grid, swap_lps_ras
 
-BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "recorr"
-CENTRE = np.array([20.0, -30.0, 40.0])
-
-
-def rotation(degrees: float, axis: int) -> np.ndarray:
-    angle = np.deg2rad(degrees)
-    i, j = [a for a in range(3) if a != axis]
-    matrix = np.eye(3)
-    matrix[i, i] = matrix[j, j] = np.cos(angle)
-    matrix[i, j], matrix[j, i] = -np.sin(angle), np.sin(angle)
-    return matrix
-
-
-def centred_grid(shape: tuple[int, int, int], direction: np.ndarray, spacing: list[float]) -> Grid:
-    affine = np.eye(4)
-    affine[:3, :3] = direction * spacing
-    affine[:3, 3] = CENTRE - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    return Grid(shape, affine)
+BUNDLE = ROOT / "bundles" / "recorr"
+"""Its inference.json is every bundle's but for what tests/bundles/test_shared_configs.py lists."""
+CONFIG = f"bundles/{BUNDLE.name}/configs/inference.json"
+"""As the command names it, from the repository's root."""
 
 
 def affine_about_centre(matrix: np.ndarray, shift: list[float]) -> np.ndarray:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from known_pair import Known, affine_about_centre, apply, centred_grid, rotation, voxel_centres
+from grids import centred_grid, rotation
+from known_pair import Known, affine_about_centre, apply, voxel_centres
 from torch import Tensor
 
 from common.errors import InputError

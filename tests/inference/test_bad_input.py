@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from known_pair import BUNDLE, Known
+from bundle_list import ROOT
+from known_pair import CONFIG, Known
 from torch import nn
 
 Arguments = dict[str, Any]
@@ -286,18 +288,15 @@ def test_in_this_process(
 
 
 def test_disk_full_while_writing(
-    arguments: Arguments, tmp_path: Path, register: Callable[..., None], capfd: pytest.CaptureFixture[str]
+    arguments: Arguments,
+    tmp_path: Path,
+    register: Callable[..., None],
+    small_disk: Callable[[], AbstractContextManager[None]],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """No file may grow beyond 3000 bytes: to a writer, a disk that fills up."""
-    resource = pytest.importorskip("resource")
     before = set(tmp_path.rglob("*"))
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
-    try:
-        with pytest.raises(SystemExit) as caught:
-            register(**arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with pytest.raises(SystemExit) as caught, small_disk():
+        register(**arguments)
     assert isinstance(caught.value.code, str)
     assert_one_sentence(caught.value.code, "cannot be written")
     shown = capfd.readouterr()
@@ -332,11 +331,10 @@ def test_a_good_run_is_good(arguments: Arguments, register: Callable[..., None])
 )
 def test_in_a_process_of_its_own(case: Case, arguments: Arguments, tmp_path: Path) -> None:
     expected = case(tmp_path, arguments)
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file"]
-    command += ["bundles/recorr/configs/inference.json", "--device", "cpu"]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", CONFIG, "--device", "cpu"]
     for key, value in arguments.items():
         command += [f"--{key}", str(value)]
-    done = subprocess.run(command, cwd=BUNDLE.parents[1], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1

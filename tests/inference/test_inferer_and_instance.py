@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,9 @@ def covers(network: Grid, fixed: Grid) -> bool:
     return bool((voxels >= -0.5 - 1e-5).all() and (voxels <= np.array(network.shape) - 0.5 + 1e-5).all())
 
 
+choose = partial(choose_network_grid, bytes_per_voxel=1000.0)
+
+
 class TestChooseNetworkGrid:
     @pytest.fixture(autouse=True)
     def _memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,28 +99,28 @@ class TestChooseNetworkGrid:
 
     def test_as_fine_as_the_fixed_image(self) -> None:
         fixed = Grid((120, 100, 110), OBLIQUE.affine)
-        grid = choose_network_grid(fixed)
+        grid = choose(fixed)
         np.testing.assert_allclose(grid.spacing, (2.0 * 2.4 * 3.2) ** (1 / 3))
         np.testing.assert_allclose(grid.direction, fixed.direction, atol=1e-9)
         assert covers(grid, fixed)
 
     def test_finer_where_there_are_few_voxels(self) -> None:
         native = (2.0 * 2.4 * 3.2) ** (1 / 3)
-        np.testing.assert_allclose(choose_network_grid(OBLIQUE).spacing, native / 2)  # and no finer than that
+        np.testing.assert_allclose(choose(OBLIQUE).spacing, native / 2)  # and no finer than that
         shortest = 36 * 2.4  # mm, of 88, 86.4 and 89.6
-        some = choose_network_grid(OBLIQUE, min_size=50)
+        some = choose(OBLIQUE, min_size=50)
         np.testing.assert_allclose(some.spacing, shortest / 50)
         assert min(some.shape) == 50 and covers(some, OBLIQUE)
-        np.testing.assert_allclose(choose_network_grid(OBLIQUE, min_size=30).spacing, native)
+        np.testing.assert_allclose(choose(OBLIQUE, min_size=30).spacing, native)
 
     def test_given_spacing(self) -> None:
-        grid = choose_network_grid(OBLIQUE, spacing=1.5)
+        grid = choose(OBLIQUE, spacing=1.5)
         np.testing.assert_allclose(grid.spacing, 1.5)
         assert covers(grid, OBLIQUE)
         assert grid.shape == (59, 58, 60)  # 88 x 86.4 x 89.6 mm
 
     def test_no_more_voxels_than_allowed(self) -> None:
-        grid = choose_network_grid(OBLIQUE, max_voxels=10_000)
+        grid = choose(OBLIQUE, max_voxels=10_000)
         assert 9_000 < np.prod(grid.shape) < 12_000  # the counts are rounded up
         assert covers(grid, OBLIQUE)
         assert np.ptp(grid.spacing) < 1e-9
@@ -126,14 +130,14 @@ class TestChooseNetworkGrid:
         assert 9_000 < np.prod(grid.shape) < 12_000
 
     def test_a_spacing_beyond_the_memory_is_refused(self) -> None:
-        assert choose_network_grid(OBLIQUE, spacing=0.5, max_voxels=100).shape == (176, 173, 180)  # the limit is ours
-        with pytest.raises(InputError, match=r"0\.2 mm needs about 51\.\d GiB .*7\.5 GiB are free; .*larger spacing"):
-            choose_network_grid(OBLIQUE, spacing=0.2)
+        assert choose(OBLIQUE, spacing=0.5, max_voxels=100).shape == (176, 173, 180)  # the limit is ours
+        with pytest.raises(InputError, match=r"0\.2 mm needs about 79\.\d GiB .*7\.5 GiB are free; .*larger spacing"):
+            choose(OBLIQUE, spacing=0.2)
 
     @pytest.mark.parametrize("spacing", [0, -1.0, "fine", float("nan")])
     def test_impossible_spacing_is_refused(self, spacing: Any) -> None:
         with pytest.raises(InputError, match="positive number of mm"):
-            choose_network_grid(OBLIQUE, spacing=spacing)
+            choose(OBLIQUE, spacing=spacing)
 
 
 class TestOptimizeInstance:

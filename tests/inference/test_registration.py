@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from known_pair import BUNDLE, Known, apply
+from bundle_list import ROOT
+from known_pair import BUNDLE, CONFIG, Known, apply
 
 from common.geometry.spaces import Grid, itk_to_array
 from common.inference import ImagePair, Registration, file_sha256, load_pair
@@ -153,19 +154,11 @@ class TestCommand:
     @pytest.fixture(scope="class")
     def out(self, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("results") / "new" / "pair"
-        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file"]
-        command += [
-            "bundles/recorr/configs/inference.json",
-            "--output_dir",
-            str(folder),
-            "--device",
-            "cpu",
-            "--spacing",
-            "2.5",
-        ]
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", CONFIG]
+        command += ["--output_dir", str(folder), "--device", "cpu", "--spacing", "2.5"]
         for key, path in files.items():
             command += [f"--{key}", path]
-        done = subprocess.run(command, cwd=BUNDLE.parents[1], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert str(folder) in done.stdout and "Dice" in done.stdout and "TRE mm" in done.stdout
         assert "Traceback" not in done.stdout + done.stderr

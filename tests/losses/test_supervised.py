@@ -89,6 +89,86 @@ def test_soft_dice_errors():
         SoftDiceLoss([3])(_boxes(), _boxes().repeat(2, 1, 1, 1, 1), _shift_field(0))
 
 
+def _shares(offset=0, size=16):
+    """A ball and a slab, averaged from four times the resolution; `offset` along the last axis in fine voxels."""
+    d, h, w = torch.meshgrid(*(torch.arange(4.0 * size),) * 3, indexing="ij")
+    ball = (d - 30) ** 2 + (h - 31) ** 2 + (w - 28 - offset) ** 2 < 15**2
+    slab = (w > 50 + offset) & (w < 57 + offset) & (d > 8) & (d < 50) & (h > 8) & (h < 50)
+    return torch.nn.functional.avg_pool3d(torch.stack([ball, slab])[None].float(), 4)
+
+
+def _uniform(amount, size=16):
+    ddf = torch.zeros(1, 3, size, size, size)
+    ddf[:, 2] = amount
+    return ddf
+
+
+def test_soft_dice_of_equal_shares_is_perfect():
+    loss = SoftDiceLoss([1, 2])
+    shares = _shares()
+    assert ((shares > 0) & (shares < 1)).any()
+    assert loss.of_one_hot(shares, shares, _uniform(0)).item() == pytest.approx(0, abs=1e-5)
+    # of whole numbers the square changes nothing
+    whole = shares.round()
+    shifted = _shares(8).round()
+    label = whole[:, :1] + 2 * whole[:, 1:]
+    moving = shifted[:, :1] + 2 * shifted[:, 1:]
+    expected = loss(label, moving, _uniform(0)).item()
+    assert 0.1 < expected < 0.9
+    assert loss.of_one_hot(whole, shifted, _uniform(0)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_soft_dice_of_shares_feels_a_quarter_of_a_voxel():
+    loss = SoftDiceLoss([1, 2])
+    fixed, moving = _shares(), _shares(1)
+    off = loss.of_one_hot(fixed, moving, _uniform(0)).item()
+    back = loss.of_one_hot(fixed, moving, _uniform(0.25)).item()
+    away = loss.of_one_hot(fixed, moving, _uniform(-0.25)).item()
+    assert 0.005 < off < away
+    assert back < 0.7 * off
+    # which a coarse label map does not, for the ball at least
+    coarse = [(shares[:, :1] > 0.5).to(torch.uint8) for shares in (_shares(), _shares(1))]
+    assert (coarse[0] != coarse[1]).float().mean() < 0.01
+
+
+def test_soft_dice_of_shares_has_a_gradient():
+    ddf = _uniform(0).requires_grad_()
+    SoftDiceLoss([1, 2]).of_one_hot(_shares(), _shares(1), ddf).backward()
+    assert torch.isfinite(ddf.grad).all()
+    assert ddf.grad[:, 2].sum() < 0  # a larger displacement along the last axis is better
+    # and not by chance: all in all, and much more than along the other axes
+    assert ddf.grad[:, 2].sum().abs() > 5 * ddf.grad[:, :2].sum(dim=(0, 2, 3, 4)).abs().max()
+
+
+def test_soft_dice_of_shares_averages_the_labels_of_both_images():
+    fixed, moving = _shares(), _shares(4)
+    moving[:, 1] = 0  # the slab is in the fixed image only
+    expected = SoftDiceLoss([1]).of_one_hot(fixed[:, :1], moving[:, :1], _uniform(0)).item()
+    assert SoftDiceLoss([1, 2]).of_one_hot(fixed, moving, _uniform(0)).item() == pytest.approx(expected, abs=1e-6)
+    nothing = SoftDiceLoss([2]).of_one_hot(fixed[:, 1:], moving[:, 1:], _uniform(0))
+    assert nothing.item() == 0
+
+
+def test_soft_dice_of_a_patch_of_the_fixed_shares():
+    fixed, moving = _shares(), _shares(8)
+    patch = fixed[..., 4:12, 2:14, 4:14]
+    ddf = torch.tensor([4.0, 2.0, 4.0 + 2.0]).view(1, 3, 1, 1, 1).expand(1, 3, *patch.shape[2:])
+    assert SoftDiceLoss([1, 2]).of_one_hot(patch, moving, ddf).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_soft_dice_of_shares_errors():
+    loss = SoftDiceLoss([1, 2])
+    shares = _shares()
+    for fixed, moving in (
+        (shares[:, :1], shares),
+        (shares, shares[:, :1]),
+        (shares[..., 1:], shares),
+        (shares, shares.repeat(2, 1, 1, 1, 1)),
+    ):
+        with pytest.raises(ValueError, match="maps of 2 labels"):
+            loss.of_one_hot(fixed, moving, _uniform(0))
+
+
 def _points(n=20, seed=0):
     generator = np.random.default_rng(seed)
     return generator.uniform(0, np.array(SHAPE) - 1, (n, 3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +14,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from bundle_list import ROOT, tiny_network
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from torch import nn
+from training_runs import assert_same, interrupt, trainer_of
 
 from common.training import EpochSetter, GradientClipper, SequenceForward
 
-ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "recorr"
 TINY = {
     "bundle_root": str(BUNDLE),
@@ -30,81 +31,30 @@ TINY = {
     "validation_length": 1,
     "max_epochs": 3,
     "learning_rate": 1e-3,
-    "network_def#iterations": [1, 1, 1, 1],
+    **tiny_network(BUNDLE),
 }
 
-Workflow = Callable[..., ConfigWorkflow]
-
-
-@pytest.fixture(autouse=True)
-def _restored_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A workflow changes the search path, the hook for exceptions and determinism."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    benchmark = torch.backends.cudnn.benchmark
-    yield
-    torch.backends.cudnn.benchmark = benchmark
-    torch.backends.cudnn.deterministic = False
-    torch.use_deterministic_algorithms(False)
+Training = Callable[..., ConfigWorkflow]
 
 
 @pytest.fixture
-def workflow(tmp_path: Path) -> Workflow:
+def training(workflow: Callable[..., ConfigWorkflow], tmp_path: Path) -> Training:
     def build(output: str = "out", **changes: Any) -> ConfigWorkflow:
-        result = ConfigWorkflow(
-            config_file=str(BUNDLE / "configs" / "train.json"),
-            workflow_type="train",
-            logging_file=False,
-            **{**TINY, "output_dir": str(tmp_path / output), **changes},
-        )
-        result.initialize()
-        return result
+        return workflow(BUNDLE, ["train"], "train", **{**TINY, "output_dir": str(tmp_path / output), **changes})
 
     return build
 
 
-def trainer_of(workflow: ConfigWorkflow) -> Any:
-    return workflow.parser.get_parsed_content("train#trainer")
-
-
-def interrupt(workflow: ConfigWorkflow, iteration: int) -> None:
-    """Ctrl-C after an iteration; a run then leaves what it had saved before."""
-
-    def strike(engine: Any) -> None:
-        raise KeyboardInterrupt
-
-    trainer_of(workflow).add_event_handler(Events.ITERATION_COMPLETED(once=iteration), strike)
-    with pytest.raises(KeyboardInterrupt):
-        workflow.run()
-
-
-def assert_same(first: Any, second: Any, where: str = "") -> None:
-    """Bit for bit, whatever the nesting."""
-    assert type(first) is type(second), where
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_same(first[key], second[key], f"{where}.{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), where
-        for n, pair in enumerate(zip(first, second, strict=True)):
-            assert_same(*pair, f"{where}[{n}]")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    else:
-        assert first == second, where
-
-
 class TestResume:
-    def test_continues_exactly(self, workflow: Workflow, tmp_path: Path) -> None:
-        workflow("straight").run()
+    def test_continues_exactly(self, training: Training, tmp_path: Path) -> None:
+        training("straight").run()
         # struck in the third epoch, when weights, optimiser and random numbers have moved on from what was saved
-        interrupt(workflow("broken"), iteration=5)
+        interrupt(training("broken"), iteration=5)
         saved = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
         assert saved["trainer"]["iteration"] == 4
         torch.manual_seed(12345)  # another process would have other random numbers
         np.random.seed(5)
-        resumed = workflow("broken", resume=True)
+        resumed = training("broken", resume=True)
         resumed.run()
         assert trainer_of(resumed).state.iteration == 6
 
@@ -119,33 +69,33 @@ class TestResume:
         best = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("straight", "broken")]
         assert_same(*best)
 
-    def test_keeps_the_best_figure(self, workflow: Workflow, tmp_path: Path) -> None:
+    def test_keeps_the_best_figure(self, training: Training, tmp_path: Path) -> None:
         """A resumed run must not take its first validation for the best one."""
-        interrupt(workflow(), iteration=5)
+        interrupt(training(), iteration=5)
         path = tmp_path / "out" / "last.pt"
         state = torch.load(path, weights_only=True)
         state["best"] = [-1.0, 1]  # nothing beats this endpoint error
         torch.save(state, path)
         before = (tmp_path / "out" / "model.pt").read_bytes()
-        workflow(resume=True).run()
+        training(resume=True).run()
         assert torch.load(path, weights_only=True)["best"] == [-1.0, 1]
         assert (tmp_path / "out" / "model.pt").read_bytes() == before
 
-    def test_a_finished_training_stays_as_it_is(self, workflow: Workflow, tmp_path: Path) -> None:
-        workflow(max_epochs=1).run()
+    def test_a_finished_training_stays_as_it_is(self, training: Training, tmp_path: Path) -> None:
+        training(max_epochs=1).run()
         before = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
         assert list((tmp_path / "out").glob("events.out.tfevents.*"))
-        again = workflow(max_epochs=1, resume=True)
+        again = training(max_epochs=1, resume=True)
         again.run()
         assert_same(torch.load(tmp_path / "out" / "last.pt", weights_only=True), before)
 
-    def test_without_a_checkpoint(self, workflow: Workflow, tmp_path: Path) -> None:
+    def test_without_a_checkpoint(self, training: Training, tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as caught:
-            workflow(resume=True).run()
+            training(resume=True).run()
         assert caught.value.code == f"error: there is nothing to resume: {tmp_path / 'out' / 'last.pt'} does not exist"
 
     @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "weights alone", "a list", "another network"])
-    def test_a_damaged_checkpoint(self, workflow: Workflow, tmp_path: Path, damage: str) -> None:
+    def test_a_damaged_checkpoint(self, training: Training, tmp_path: Path, damage: str) -> None:
         path = tmp_path / "out" / "last.pt"
         path.parent.mkdir()
         weights = BUNDLE / "models" / "model.pt"
@@ -162,15 +112,15 @@ class TestResume:
         else:
             torch.save({"network": nn.Linear(2, 2).state_dict()}, path)
         with pytest.raises(SystemExit) as caught:
-            workflow(resume=True).run()
+            training(resume=True).run()
         message = str(caught.value.code)
         assert message.startswith(f"error: the checkpoint {path} does not fit this training or is damaged")
         assert "\n" not in message
 
     @pytest.mark.slow
-    def test_in_a_process_of_its_own(self, workflow: Workflow, tmp_path: Path) -> None:
-        workflow("straight").run()
-        interrupt(workflow("broken"), iteration=5)
+    def test_in_a_process_of_its_own(self, training: Training, tmp_path: Path) -> None:
+        training("straight").run()
+        interrupt(training("broken"), iteration=5)
         command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "bundles/recorr/configs/train.json"]
         changes = {**TINY, "output_dir": tmp_path / "broken", "resume": True}
         for key, value in changes.items():
@@ -185,10 +135,10 @@ class TestResume:
 
 
 class TestRun:
-    def test_learns(self, workflow: Workflow, tmp_path: Path) -> None:
+    def test_learns(self, training: Training, tmp_path: Path) -> None:
         """Two epochs of one and the same pair bring the loss down."""
         losses: list[float] = []
-        run = workflow(max_epochs=4, learning_rate=2e-3)
+        run = training(max_epochs=4, learning_rate=2e-3)
         data = run.parser.get_parsed_content("train#dataset")
         data.set_epoch = lambda epoch: None
         trainer_of(run).add_event_handler(
@@ -199,9 +149,9 @@ class TestRun:
         assert losses[-2] < losses[0]
         assert losses[-1] < losses[1]
 
-    def test_initial_weights_are_used(self, workflow: Workflow, tmp_path: Path) -> None:
+    def test_initial_weights_are_used(self, training: Training, tmp_path: Path) -> None:
         weights = BUNDLE / "models" / "model.pt"
-        run = workflow(max_epochs=1, initial_weights=str(weights), learning_rate=1e-12)
+        run = training(max_epochs=1, initial_weights=str(weights), learning_rate=1e-12)
         run.run()
         expected = torch.load(weights, weights_only=True)
         state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["network"]
@@ -210,30 +160,30 @@ class TestRun:
             if "num_batches" not in key and "running" not in key:
                 torch.testing.assert_close(value, expected[key], atol=1e-9, rtol=0)
 
-    def test_missing_initial_weights(self, workflow: Workflow, tmp_path: Path) -> None:
+    def test_missing_initial_weights(self, training: Training, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=r"^error: the weights .*none\.pt do not exist$"):
-            workflow(initial_weights=str(tmp_path / "none.pt")).run()
+            training(initial_weights=str(tmp_path / "none.pt")).run()
 
     def test_the_output_folder_is_checked_before_training(
-        self, workflow: Workflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """While MONAI builds the handlers, which write there; the config's hook prints what ended the program."""
         (tmp_path / "file").write_text("")
         with pytest.raises(RuntimeError) as caught:
-            workflow("file/out").run()
+            training("file/out").run()
         sys.excepthook(caught.type, caught.value, caught.tb)
         assert capsys.readouterr().err == (
             f"error: {tmp_path}/file/out cannot be used for results: {tmp_path}/file is a file\n"
         )
 
-    def test_supervision_that_pairs_cannot_give(self, workflow: Workflow, tmp_path: Path) -> None:
+    def test_supervision_that_pairs_cannot_give(self, training: Training, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=r"^error: training .*'fixed_keypoints' is missing$"):
-            workflow(landmark_weight=1.0).run()
+            training(landmark_weight=1.0).run()
         assert not (tmp_path / "out" / "model.pt").exists()
 
-    def test_on_labelled_scans(self, workflow: Workflow, tmp_path: Path) -> None:
+    def test_on_labelled_scans(self, training: Training, tmp_path: Path) -> None:
         folder = decathlon(tmp_path / "data")
-        run = workflow(dataset_dir=str(folder), validation=2, label_weight=1.0, labels=[1, 2], max_epochs=1)
+        run = training(dataset_dir=str(folder), validation=2, label_weight=1.0, labels=[1, 2], max_epochs=1)
         before = {key: value.clone() for key, value in run.parser.get_parsed_content("network").state_dict().items()}
         dices: list[float] = []
         evaluator = run.parser.get_parsed_content("validate#evaluator")
@@ -292,9 +242,9 @@ class TestGradientClipper:
         GradientClipper(network, max_norm=2.0)(SimpleNamespace(amp=True, scaler=Scaler(), optimizer=None))
         assert float(network.weight.grad.norm()) == pytest.approx(0.5)
 
-    def test_acts_between_backward_and_step(self, workflow: Workflow) -> None:
+    def test_acts_between_backward_and_step(self, training: Training) -> None:
         norms: list[float] = []
-        run = workflow(max_epochs=1, max_gradient_norm=1e-3)
+        run = training(max_epochs=1, max_gradient_norm=1e-3)
         network = run.parser.get_parsed_content("network")
         optimizer = run.parser.get_parsed_content("optimizer")
 

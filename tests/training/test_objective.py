@@ -90,6 +90,18 @@ class TestObjective:
         loss = objective(supervision="similarity")
         assert float(loss(pair["ddf"], swapped)) > 1e3 * float(loss(pair["ddf"], pair)) + 1e-4
 
+    @pytest.mark.parametrize("supervision", ["field", "similarity"])
+    def test_the_first_term_can_be_weighted(self, pair: dict[str, Tensor], supervision: str) -> None:
+        """It alone: the others have weights of their own."""
+        zero = torch.zeros_like(pair["ddf"])
+        options = {"supervision": supervision, "labels": [1, 2], "label_weight": 1.0, "landmark_weight": 1.0}
+        without, once, tenfold = (float(objective(similarity_weight=w, **options)(zero, pair)) for w in (0, 1, 10))
+        first = float(objective(supervision=supervision)(zero, pair))
+        assert once - without == pytest.approx(first, rel=1e-4)
+        assert tenfold - without == pytest.approx(10 * first, rel=1e-4)
+        others = objective(similarity_weight=10, smoothness_weight=0.7)(pair["ddf"], pair)
+        assert float(others) == pytest.approx(0.7 * float(GradientLoss(penalty="l2")(pair["ddf"])), rel=1e-5)
+
     def test_smoothness(self, pair: dict[str, Tensor]) -> None:
         weighted = objective(smoothness_weight=0.7)(pair["ddf"], pair)
         assert float(weighted) == pytest.approx(0.7 * float(GradientLoss(penalty="l2")(pair["ddf"])), rel=1e-5)
@@ -128,12 +140,96 @@ class TestObjective:
         with pytest.raises(InputError, match=f"'{key}' is missing"):
             objective(**options)(estimate, pair)
 
+    def test_a_given_spacing_takes_the_place_of_the_constructor_s(self, pair: dict[str, Tensor]) -> None:
+        still = {**pair, "ddf": torch.zeros_like(pair["ddf"]), "spacing": [3.0, 0.0, 0.0]}
+        loss = objective(landmark_weight=1.0, spacing=(1.0, 2.0, 0.5))
+        # the points are 2 voxels apart along each axis
+        assert float(loss(still["ddf"], still)) == pytest.approx(6.0, rel=1e-5)
+        del still["spacing"]
+        assert float(loss(still["ddf"], still)) == pytest.approx(2 * (1 + 4 + 0.25) ** 0.5, rel=1e-5)
+
     def test_later_estimates_weigh_more(self, pair: dict[str, Tensor]) -> None:
         errors = [4.0, 2.0, 1.0]
         estimates = [pair["ddf"] + torch.tensor([e, 0, 0]).view(1, 3, 1, 1, 1) for e in errors]
         loss = objective(gamma=0.5, background_weight=1.0)
         assert float(loss(estimates, pair)) == pytest.approx(0.25 * 4 + 0.5 * 2 + 1, rel=1e-5)
         assert float(loss(estimates[2], pair)) == pytest.approx(1.0, rel=1e-5)
+
+
+class TestPatch:
+    """The fixed side a patch, the moving side whole; displacements are counted from the patch's first voxel."""
+
+    BOX = (slice(3, 9), slice(4, 12), slice(2, 8))
+
+    @pytest.fixture
+    def patch(self, pair: dict[str, Tensor]) -> dict[str, Any]:
+        def cut(volume: Tensor) -> Tensor:
+            return volume[(..., *self.BOX)]
+
+        origin = torch.tensor([float(side.start) for side in self.BOX])
+        points = torch.tensor([[[0.0, 1.0, 2.0], [5.0, 6.5, 3.0]]])
+        ddf = cut(pair["ddf"]) + origin.view(1, 3, 1, 1, 1)
+        shares = {
+            role: torch.cat([pair[f"{role}_label"] == value for value in (1, 2)], 1).float()
+            for role in ("fixed", "moving")
+        }
+        return {
+            "moving": pair["image"][:, :1],
+            "fixed": cut(pair["image"][:, 1:]),
+            "ddf": ddf,
+            "mask": cut(pair["mask"]),
+            "fixed_one_hot": cut(shares["fixed"]),
+            "moving_one_hot": shares["moving"],
+            "fixed_keypoints": points,
+            "moving_keypoints": points + warp(ddf, points.new_zeros(1, 3, *ddf.shape[2:]))[0, :, 0, 0, 0],
+        }
+
+    def test_the_exact_field_costs_nothing(self, patch: dict[str, Any]) -> None:
+        assert float(objective()(patch["ddf"], patch)) == 0.0
+        similarity = objective(supervision="similarity")
+        assert float(similarity(patch["ddf"], patch)) == pytest.approx(0.0, abs=1e-10)
+        # from the volume's first voxel, where the patch is not
+        origin = torch.tensor([3.0, 4.0, 2.0]).view(1, 3, 1, 1, 1)
+        assert float(similarity(patch["ddf"] - origin, patch)) > 1e-3
+
+    def test_moving_content_from_outside_the_patch_counts(self, patch: dict[str, Any]) -> None:
+        similarity = objective(supervision="similarity")
+        cut = {**patch, "moving": patch["moving"][(..., *self.BOX)]}
+        origin = torch.tensor([3.0, 4.0, 2.0]).view(1, 3, 1, 1, 1)
+        assert float(similarity(patch["ddf"] - origin, cut)) > 1e-3
+
+    def test_shares_of_labels(self, pair: dict[str, Tensor], patch: dict[str, Any]) -> None:
+        """Given as maps, the labels themselves are not needed; whole ones have the loss of the label maps or less."""
+        loss = objective(similarity_weight=0.0, labels=[1, 2], label_weight=1.0)
+        still = torch.tensor([3.0, 4.0, 2.0]).view(1, 3, 1, 1, 1).expand_as(patch["ddf"])
+        assert float(loss(patch["ddf"], patch)) < 0.5 * float(loss(still, patch))
+        same = {**patch, "moving_one_hot": patch["fixed_one_hot"]}
+        assert float(loss(torch.zeros_like(still), same)) == pytest.approx(0.0, abs=1e-5)
+        whole = {**pair, "fixed_one_hot": 1 - patch["moving_one_hot"], "moving_one_hot": patch["moving_one_hot"]}
+        # the maps come first: no overlap
+        assert float(loss(torch.zeros_like(pair["ddf"]), whole)) == pytest.approx(1.0, abs=1e-5)
+
+    def test_labels_of_a_patch(self, pair: dict[str, Tensor], patch: dict[str, Any]) -> None:
+        """Label maps may be of two sizes as well; here the patch is cut one voxel further along two axes."""
+        loss = objective(similarity_weight=0.0, labels=[1, 2], label_weight=1.0)
+        further = pair["moving_label"][..., 4:10, 4:12, 3:9]
+        maps = {key: value for key, value in patch.items() if "one_hot" not in key}
+        maps |= {"fixed_label": further, "moving_label": pair["moving_label"]}
+        exact = torch.tensor([4.0, 4.0, 3.0]).view(1, 3, 1, 1, 1).expand_as(patch["ddf"])
+        assert float(loss(exact, maps)) == pytest.approx(0.0, abs=1e-5)
+        assert float(loss(exact - 1, maps)) > 0.05
+
+    def test_landmarks_of_a_patch(self, patch: dict[str, Any]) -> None:
+        loss = objective(similarity_weight=0.0, landmark_weight=1.0)
+        constant = torch.tensor([3.0, 4.0, 2.0]).view(1, 3, 1, 1, 1).expand_as(patch["ddf"])
+        moving = patch["fixed_keypoints"] + torch.tensor([3.0, 4.0, 2.0])
+        assert float(loss(constant, {**patch, "moving_keypoints": moving})) == pytest.approx(0.0, abs=1e-5)
+        moving[:, 1] += torch.tensor([0.0, 3.0, 4.0])
+        assert float(loss(constant, {**patch, "moving_keypoints": moving})) == pytest.approx(2.5, rel=1e-5)
+        hidden = patch["fixed_keypoints"].clone()
+        hidden[:, 1] = float("nan")  # as those outside the patch are
+        left_out = {**patch, "fixed_keypoints": hidden, "moving_keypoints": moving}
+        assert float(loss(constant, left_out)) == pytest.approx(0.0, abs=1e-5)
 
 
 def figure(name: str, pair: dict[str, Tensor], ddf: Tensor, **options: Any) -> float:

@@ -1,0 +1,254 @@
+"""Training RWCNet stage by stage: when which stage is trained, and what it sees and answers for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ignite.engine import Events
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch import Tensor
+
+from common.errors import InputError
+from common.io import atomic_path
+from common.layers.patches import Box, PatchGrid
+from common.layers.warp import warp
+from common.training import prepare_training_batch
+from common.transforms import SwapPaird
+from rwcnet_net.cache import PriorCache
+from rwcnet_net.network import RWCNet, StagePatch, StageState
+
+__all__ = ["StageBatch", "StageInferer", "StageRates", "StageSchedule"]
+
+
+class StageSchedule:
+    """Divides the epochs of a training among the stages, and goes from one to the next.
+
+    Because the stage follows from the epoch, one trainer runs them all, and continuing exactly, within a stage or
+    between two, needs nothing beyond what any training saves. Writes `stage_K.pt` at the end of each stage.
+
+    Args:
+        network: what is trained.
+        max_epochs: of all stages together.
+        shares: of the stages in the epochs; the paper's 30,000, 45,000 and 60,000 steps are (2, 3, 4).
+        stage: train this one only, counted from 1.
+        output_dir: folder of `stage_K.pt`.
+
+    Raises:
+        InputError: when there is no such stage, or not an epoch for each.
+    """
+
+    def __init__(
+        self,
+        network: RWCNet,
+        *,
+        max_epochs: int,
+        shares: Sequence[float] = (2, 3, 4),
+        stage: int | None = None,
+        output_dir: str | os.PathLike[str],
+    ) -> None:
+        count = len(network.stages)
+        if len(shares) != count or min(shares) <= 0:
+            raise InputError(f"stage_shares must be {count} positive numbers, one for each stage, got {list(shares)}")
+        if stage is not None and stage not in range(1, count + 1):
+            raise InputError(f"there is no stage {stage}: the network has stages 1 to {count}")
+        if max_epochs < count:
+            raise InputError(f"{count} stages need at least {count} epochs, got max_epochs {max_epochs}")
+        self.network = network
+        self.output_dir = Path(output_dir)
+        self.ends: list[int] = []  # number of the last epoch of each stage
+        for i in range(count):
+            end = round(max_epochs * sum(shares[: i + 1]) / sum(shares))
+            self.ends.append(min(max(end, i + 1), max_epochs - (count - 1 - i)))
+        self.start_epoch = self.ends[stage - 2] if stage is not None and stage > 1 else 0
+        self.last_epoch = self.ends[stage - 1] if stage is not None else max_epochs
+        self.initial_weights = str(self._weights_after(stage - 2)) if stage is not None and stage > 1 else None
+
+    def stage_of(self, epoch: int) -> int:
+        """Index of the stage that is trained in an epoch, epochs counted from 1."""
+        return sum(epoch > end for end in self.ends[:-1])
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self._begin(e.state.epoch))
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end)
+
+    def _begin(self, epoch: int) -> None:
+        self.network.train_stage(self.stage_of(epoch))
+
+    def _end(self, engine: Any) -> None:
+        epoch = engine.state.epoch
+        if epoch in self.ends:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self._weights_after(self.stage_of(epoch))) as temporary:
+                state = self.network.state_dict()
+                torch.save({name: value.detach().cpu() for name, value in state.items()}, temporary)
+        if epoch >= self.last_epoch:
+            engine.terminate()
+
+    def _weights_after(self, stage: int) -> Path:
+        return self.output_dir / f"stage_{stage + 1}.pt"
+
+
+class StageRates:
+    """Factor of the learning rate by step, for `LambdaLR`: one cycle for each stage, or constant.
+
+    Args:
+        schedule: the stages.
+        epoch_length: steps of an epoch.
+        policy: "one_cycle": up within 5 % of a stage, down to 1 % by a half cosine; "constant", as published.
+    """
+
+    def __init__(self, schedule: StageSchedule, *, epoch_length: int, policy: str = "one_cycle") -> None:
+        if policy not in ("one_cycle", "constant"):
+            raise InputError(f"the learning rate's policy is one_cycle or constant, got {policy!r}")
+        # Plain values: LambdaLR saves them and reads them back.
+        self.policy = policy
+        self.first_step = schedule.start_epoch * epoch_length
+        self.bounds = [0, *(end * epoch_length for end in schedule.ends)]
+
+    def __call__(self, step: int) -> float:
+        if self.policy == "constant":
+            return 1.0
+        position = self.first_step + step
+        stage = min(sum(position >= bound for bound in self.bounds[1:]), len(self.bounds) - 2)
+        start, stop = self.bounds[stage : stage + 2]
+        share = min((position - start) / (stop - start), 1.0)
+        if share < 0.05:
+            return 0.05 + 0.95 * share / 0.05
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (share - 0.05) / 0.95))
+
+
+class StageBatch:
+    """A trainer's `prepare_batch`: what the stage in training sees of a pair, and what it is measured against.
+
+    The stages before it are run without gradient, or their result is taken from the cache; then one patch is cut.
+    Published: the loss compares patches of the warped image, which is cut at the patch's border and sampled twice.
+    Here it is taken of the whole field, prior and stage composed, on the whole moving image.
+
+    Args:
+        network: what is trained.
+        labels: values for the soft Dice loss.
+        spacing: mm of the full-resolution grid; 1 mm when None.
+        swap: probability that fixed and moving scan change places, in the first stage (where the exact field of a
+            generated pair is not at hand, which belongs to one direction only).
+        cache: of the stages before.
+    """
+
+    def __init__(
+        self,
+        network: RWCNet,
+        *,
+        labels: Sequence[int] = (),
+        spacing: float | Sequence[float] | None = None,
+        swap: float = 0.5,
+        cache: PriorCache | None = None,
+    ) -> None:
+        self.network = network
+        self.labels = list(labels)
+        self.spacing = [1.0 if spacing is None else spacing] * 3 if not isinstance(spacing, Sequence) else list(spacing)
+        self.swap = swap
+        self.cache = cache
+
+    def __call__(
+        self, batch: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
+    ) -> tuple[StagePatch, dict[str, Any]]:
+        """A collated pair -> the patch for `StageInferer`, and its counterpart for `RegistrationObjective`."""
+        _, pair = prepare_training_batch(batch, device, non_blocking)
+        pair = {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in pair.items()}
+        image = pair["image"]
+        stage = self.network.stages_in_use - 1
+        # PyTorch's generator decides, whose state is saved with the training.
+        if stage == 0 and "ddf" not in pair and float(torch.rand(())) < self.swap:
+            image = image.flip(1)
+            pair = {str(key): value for key, value in SwapPaird(prob=1.0)(pair).items()}
+        with torch.no_grad():
+            prior = self._prior(stage, image, pair)
+            view = self.network.view(image, stage, prior)
+            box = _random_box(self.network.patch_grid(stage, view.fixed.shape[2:]))
+            target = self._target(stage, pair, box)
+        target |= {"fixed": view.fixed[(..., *box)], "moving": view.moving}
+        return view.cut(box), target
+
+    def _prior(self, stage: int, image: Tensor, pair: Mapping[str, Any]) -> StageState | None:
+        if stage == 0:
+            return None
+        if self.cache is None:
+            return self.network.estimate(image, stage)
+        if image.shape[0] != 1:
+            raise InputError(f"the cache takes one pair at a time, got a batch of {image.shape[0]}: use --batch_size 1")
+        return self.cache.get(int(pair["pair_index"]), image, lambda: self.network.estimate(image, stage))
+
+    def _target(self, stage: int, pair: Mapping[str, Any], box: Box) -> dict[str, Any]:
+        """What belongs to the fixed image in the box; what belongs to the moving one as a whole."""
+        scale = self.network.scales[stage]
+        target: dict[str, Any] = {"spacing": [scale * s for s in self.spacing]}
+        if "ddf" in pair:
+            exact = self.network.to_stage(pair["ddf"], stage) / scale
+            target["ddf"] = exact[(..., *box)] + _origin(box, exact)
+            target["mask"] = self.network.to_stage(pair["mask"].float(), stage)[(..., *box)]
+        if self.labels and "fixed_label" in pair and "moving_label" in pair:
+            shares = [self._shares(pair[f"{role}_label"], scale) for role in ("fixed", "moving")]
+            target |= {"fixed_one_hot": shares[0][(..., *box)], "moving_one_hot": shares[1]}
+        if "fixed_keypoints" in pair and "moving_keypoints" in pair:
+            fixed, moving = (self._stage_points(pair[f"{role}_keypoints"], scale) for role in ("fixed", "moving"))
+            fixed = fixed - fixed.new_tensor([side.start for side in box])
+            last = fixed.new_tensor([side.stop - side.start - 1 for side in box])
+            outside = ((fixed < 0) | (fixed > last)).any(dim=-1, keepdim=True)
+            target |= {"fixed_keypoints": fixed.masked_fill(outside, math.nan), "moving_keypoints": moving}
+        return target
+
+    def _shares(self, label: Tensor, scale: int) -> Tensor:
+        """(B, 1, D, H, W) -> (B, labels, D/scale, ...): how much of each voxel has the label."""
+        one_hot = torch.cat([label == value for value in self.labels], dim=1).float()
+        return F.avg_pool3d(one_hot, scale) if scale > 1 else one_hot
+
+    def _stage_points(self, points: Tensor, scale: int) -> Tensor:
+        """Voxels of the full resolution -> of the stage's."""
+        return points / scale if self.network.mode == "nearest" else (points + 0.5) / scale - 0.5
+
+
+class StageInferer(Inferer):
+    """Runs the stage in training on its patch.
+
+    Args:
+        sequence: return the field after every recurrent step, or after the last one only, as published.
+    """
+
+    def __init__(self, *, sequence: bool = True) -> None:
+        super().__init__()
+        self.sequence = sequence
+
+    def __call__(self, inputs: StagePatch, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """The whole field, prior and stage composed, from the patch's voxels into the stage's moving image.
+
+        Displacements are counted from the patch's first voxel, so they include where the patch lies: (B, 3, d, h, w).
+        """
+        fields, _ = network.refine(inputs)
+        origin = _origin(inputs.box, fields[0])
+        totals = []
+        for field in fields if self.sequence else fields[-1:]:
+            placed = field + origin
+            if inputs.prior is not None:
+                placed = placed + warp(inputs.prior, placed, padding_mode="border")
+            totals.append(placed)
+        return totals
+
+
+def _origin(box: Box, like: Tensor) -> Tensor:
+    return like.new_tensor([side.start for side in box]).view(1, 3, 1, 1, 1)
+
+
+def _random_box(grid: PatchGrid) -> Box:
+    """A patch of the grid's size anywhere in the volume."""
+    sides = []
+    for n, size in zip(grid.shape, grid.size, strict=True):
+        start = int(torch.randint((n - size) // grid.multiple + 1, ())) * grid.multiple
+        sides.append(slice(start, start + size))
+    return sides[0], sides[1], sides[2]
