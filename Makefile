@@ -54,7 +54,7 @@ benchmarks: setup  ## measure correlation, sampling, the network and the whole c
 	$(BIN)/python -m benchmarks.command
 
 pack: setup  ## make the bundles' zip files in dist/
-	$(BIN)/python -m common.packing bundles/recorr --output_dir dist
+	for bundle in bundles/*/; do $(BIN)/python -m common.packing $$bundle --output_dir dist || exit 1; done
 
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) $(DEMO) dist runs .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,8 +1,9 @@
-"""Train RWCNet and its ablations with one budget and print the paper's Table 3 beside ours: `python -m benchmarks.ablations`.
+"""Train RWCNet and its ablations with one budget; the paper's Table 3 beside ours: `python -m benchmarks.ablations`.
 
 Data: the Hippocampus task of the Medical Segmentation Decathlon; the last 40 scans are for validation, each fixed with
-its successor moving, centres aligned, no affine stage. Each variant is trained by train.json with hippocampus.json and
-its overlay, and evaluated by evaluate.json. A training that was interrupted goes on, one that is finished is kept.
+its successor moving, centres aligned, no affine stage. Each variant starts from the shipped weights, as far as they fit
+it, is trained by train.json with hippocampus.json and its overlay, and evaluated by evaluate.json. A training that was
+interrupted goes on, one that is finished is kept.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.geometry.spaces import itk_to_array
 from common.inference import align_affine, load_pair
-from common.io import build_transform, resample_image
+from common.io import atomic_path, build_transform, resample_image
 from common.metrics import dice_macro
 
 CONFIGS = "bundles/rwcnet/configs"
+WEIGHTS = "bundles/rwcnet/models/model.pt"
 # Overlay of each variant, and what the paper reports: NLST TRE in mm, OASIS Dice in per cent.
 VARIANTS = {
     "RWCNet": (None, "2.11", "80.7"),
@@ -41,10 +44,28 @@ def run_bundle(files: str, options: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *options], check=True)
 
 
+def starting_weights(overlay: str | None, path: Path) -> None:
+    """The shipped weights in the form of a variant's network; what it does not share with it starts from random."""
+    state = torch.load(WEIGHTS, map_location="cpu", weights_only=True)
+    if overlay == "ablation_single_scale":
+        state = {name: value for name, value in state.items() if not name.startswith(("stages.1.", "stages.2."))}
+        state["trained_stages"].clamp_(max=1)
+    if overlay == "ablation_no_correlation":
+        generator = torch.Generator().manual_seed(0)
+        for name in [name for name in state if name.endswith("motion_encoder.correlation.0.weight")]:
+            bound = 32**-0.5  # PyTorch's own for the features of both images, 2 x 16 channels
+            state[name] = (2 * torch.rand(8, 32, 1, 1, 1, generator=generator) - 1) * bound
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
 def train(folder: Path, overlay: str | None, data: Path, budget: list[str]) -> None:
+    start = folder / "start.pt"
+    starting_weights(overlay, start)
     resume = ["--resume", "True"] if (folder / "last.pt").is_file() else []
-    options = ["--dataset_dir", str(data), "--output_dir", str(folder), *budget, *resume]
-    run_bundle(config_files(overlay), options)
+    options = ["--dataset_dir", str(data), "--output_dir", str(folder), "--initial_weights", str(start)]
+    run_bundle(config_files(overlay), [*options, *budget, *resume])
 
 
 def evaluate(folder: Path, overlay: str | None, data: Path, budget: list[str], steps: int) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Training losses: image similarity, smoothness, label overlap, landmarks and sequences of fields."""
 
 from common.losses.landmarks import LandmarkLoss
+from common.losses.matching import MatchingLoss
 from common.losses.overlap import SoftDiceLoss
 from common.losses.sequence import EndpointErrorLoss, SequenceLoss
 from common.losses.similarity import LocalNCC, MINDSSCLoss, MSELoss, SSIMLoss, mind_ssc
@@ -14,6 +15,7 @@ __all__ = [
     "LocalNCC",
     "MINDSSCLoss",
     "MSELoss",
+    "MatchingLoss",
     "NegativeJacobianLoss",
     "SSIMLoss",
     "SequenceLoss",

@@ -50,8 +50,8 @@ class PriorCache:
         engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self._begin_epoch())
 
     def _begin_epoch(self) -> None:
-        if self._stage != self.network.stages_in_use - 1:
-            self.begin(self.network.stages_in_use - 1)
+        if self._stage != self.network.stage_in_training:
+            self.begin(self.network.stage_in_training or 0)
 
     def begin(self, stage: int) -> None:
         """Prepare for a stage: say how much disk it will take, and make sure that it is there.

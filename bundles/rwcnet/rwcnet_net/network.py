@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ class RWCNet(nn.Module):
         radii: of each stage's correlation window.
         patches: number of patches of each stage along each axis.
         overlap: voxels that neighbouring patches share; their results are blended there. 0 is the published tiling.
-        correlation, features, hidden_channels, dropout, diffeomorphic: see `SubNetwork`.
+        correlation, features, hidden_channels, dropout, detach, diffeomorphic: see `SubNetwork`.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class RWCNet(nn.Module):
         features: Features = "intensity",
         hidden_channels: int = 64,
         dropout: float = 0.5,
+        detach: bool = False,
         diffeomorphic: bool = False,
     ) -> None:
         super().__init__()
@@ -145,6 +147,7 @@ class RWCNet(nn.Module):
         self.variant = variant
         self.scales = tuple(scales)
         self.steps = tuple(steps)
+        self.radii = tuple(radii)
         self.patches = [(n, n, n) if isinstance(n, int) else tuple(n) for n in patches]
         self.overlap = overlap
         self.mode = "nearest" if variant == "published" else "trilinear"
@@ -156,12 +159,14 @@ class RWCNet(nn.Module):
                 features=features,
                 hidden_channels=hidden_channels,
                 dropout=dropout,
+                detach=detach,
                 diffeomorphic=diffeomorphic,
             )
             for radius in radii
         )
         # Travels with the weights: those of a training that is not through yet register with the stages they have.
-        self.register_buffer("trained_stages", torch.tensor(len(self.scales)))
+        self.register_buffer("trained_stages", torch.tensor(0))
+        self.stage_in_training: int | None = None
 
     @property
     def stride(self) -> int:
@@ -170,8 +175,8 @@ class RWCNet(nn.Module):
 
     @property
     def stages_in_use(self) -> int:
-        """Number of stages that `forward` runs."""
-        return int(self.trained_stages)
+        """Number of stages that `forward` runs: those with trained weights, or all where none has any yet."""
+        return int(self.trained_stages) or len(self.stages)
 
     def forward(self, image: Tensor) -> Tensor:
         """Register a pair.
@@ -213,17 +218,35 @@ class RWCNet(nn.Module):
         return state
 
     def train_stage(self, stage: int) -> None:
-        """Make one stage trainable and freeze the others; `forward` runs the stages up to this one.
+        """Make one stage trainable and freeze the others.
 
         Args:
             stage: its index.
         """
-        self.trained_stages.fill_(stage + 1)
+        self.stage_in_training = stage
+        self.trained_stages.clamp_(min=stage + 1)
         for index, subnetwork in enumerate(self.stages):
             subnetwork.requires_grad_(index == stage)
             if index != stage:
                 subnetwork.zero_grad(set_to_none=True)  # Adam moves what has a gradient, be it 0
         self.train(self.training)
+
+    def copy_stage(self, source: int, target: int) -> None:
+        """Give a stage the weights of another; of a larger window's weights it takes the inner part.
+
+        Args:
+            source, target: indices of the stages.
+        """
+        copied = dict(self.stages[source].state_dict())
+        inner, outer = (2 * self.radii[stage] + 1 for stage in (target, source))
+        name = "update_block.motion_encoder.correlation.0.weight"
+        if inner != outer and self.stages[source].correlation is not None:
+            if inner > outer:
+                raise ValueError(f"weights for a window of {outer}^3 voxels do not fill one of {inner}^3")
+            margin = slice((outer - inner) // 2, (outer + inner) // 2)
+            window = copied[name].unflatten(1, (outer, outer, outer))[:, margin, margin, margin]
+            copied[name] = window.flatten(1, 3)
+        self.stages[target].load_state_dict(copied)
 
     def train(self, mode: bool = True) -> RWCNet:
         """A frozen stage stays as it is used: without dropout."""
@@ -304,7 +327,7 @@ def _check_options(
             f"each stage has a scale, steps, a radius and patches, got {list(scales)}, {list(steps)}, {list(radii)} "
             f"and {list(patches)}"
         )
-    if any(coarse <= fine or coarse % fine for coarse, fine in zip(scales, scales[1:], strict=False)):
+    if any(coarse <= fine or coarse % fine for coarse, fine in pairwise(scales)):
         raise ValueError(f"each scale must be a multiple of the next, from coarse to fine, got {list(scales)}")
     if min(scales) < 1 or min(steps) < 1:
         raise ValueError(f"scales and steps must be positive, got {list(scales)} and {list(steps)}")

@@ -105,6 +105,7 @@ class SubNetwork(nn.Module):
             |---|---|---|
             | matching | dot product / sqrt(C), equation 7 | sum of absolute differences, 3^3 mean filter |
             | its gradient | reaches the features | cut off |
+            | features | each channel at mean 0, variance 1 (ours) | as the encoder leaves them |
             | reset gate | of its own | the update gate |
             | moving features | warped once, by the running displacement D | warped again and again, by each increment |
             | the motion encoder sees | D | the previous increment |
@@ -115,6 +116,8 @@ class SubNetwork(nn.Module):
         feature_channels: of the encoder.
         hidden_channels: of the hidden state.
         dropout: of both encoders, in training.
+        detach: let each step answer for its own increment only, as RAFT does. Training on the fields of all steps is
+            calmer with it; training on the last field alone needs it off, as published.
         diffeomorphic: take the summed increments as a stationary velocity and return its exponential. The public code
             has this switch, too, but drops the result.
     """
@@ -129,6 +132,7 @@ class SubNetwork(nn.Module):
         feature_channels: int = 16,
         hidden_channels: int = 64,
         dropout: float = 0.5,
+        detach: bool = False,
         diffeomorphic: bool = False,
     ) -> None:
         super().__init__()
@@ -139,6 +143,7 @@ class SubNetwork(nn.Module):
         self.published = variant == "published"
         self.features = features
         self.hidden_channels = hidden_channels
+        self.detach = detach
         self.diffeomorphic = diffeomorphic
         channels = 1 if features == "intensity" else _MIND_CHANNELS
         self.feature_encoder = FeatureEncoder(in_channels=channels, out_channels=feature_channels, dropout=dropout)
@@ -177,26 +182,38 @@ class SubNetwork(nn.Module):
         Returns:
             the field (B, 3, D, H, W) after each step, in voxels of this resolution, and the last hidden state.
         """
-        fixed_input, moving_input = (self._input(image) for image in (fixed, moving))
-        features_f, features_m = torch.chunk(self.feature_encoder(torch.cat([fixed_input, moving_input])), 2)
+        features_f, features_m = self.encode(fixed, moving)  # (B, 16, D, H, W)
+        moving_input = self._input(moving)
         zero = moving.new_zeros((moving.shape[0], 3, *moving.shape[2:]))
         state = torch.tanh(self.context_encoder(torch.cat([zero, moving_input], dim=1)))
         if hidden is not None:
             state = state + hidden  # added, as text and code say; the caption of figure 1 says concatenated
         ddf = increment = zero.float()
         warped = features_m
-        sequence = []
+        sequence: list[Tensor] = []
         for _ in range(steps):
+            if sequence:
+                ddf = ddf.detach() if self.detach else ddf
+                if self.published:
+                    warped = warp(warped, increment, padding_mode="zeros")
+                else:
+                    warped = warp(features_m, ddf, padding_mode="zeros")
             volume = self._match(features_f, warped)  # (B, K^3, D, H, W)
             state, increment = self.update_block(state, volume, increment if self.published else ddf, warped)
             increment = increment.float()
             ddf = ddf + increment  # summed, where composing would be exact; in paper and code
-            if self.published:
-                warped = warp(warped, increment, padding_mode="zeros")
-            else:
-                warped = warp(features_m, ddf, padding_mode="zeros")
             sequence.append(exponentiate(ddf) if self.diffeomorphic else ddf)
         return sequence, state
+
+    def encode(self, fixed: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of both images, (B, 1, D, H, W) -> (B, 16, D, H, W)."""
+        features = self.feature_encoder(torch.cat([self._input(fixed), self._input(moving)]))
+        if not self.published:
+            # A dot product of features with a common offset is largest where they are, not where they match.
+            variance, mean = torch.var_mean(features, dim=(2, 3, 4), keepdim=True, correction=0)
+            features = (features - mean) * torch.rsqrt(variance + 1e-5)
+        features_f, features_m = torch.chunk(features, 2)
+        return features_f, features_m
 
     def _input(self, image: Tensor) -> Tensor:
         return image if self.features == "intensity" else mind_ssc(image, radius=1, dilation=2).to(image.dtype)

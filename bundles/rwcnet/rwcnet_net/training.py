@@ -13,18 +13,19 @@ import torch.nn.functional as F
 from ignite.engine import Events
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import InputError
 from common.io import atomic_path
 from common.layers.patches import Box, PatchGrid
 from common.layers.warp import warp
-from common.training import prepare_training_batch
+from common.losses import MatchingLoss
+from common.training import RegistrationObjective, prepare_training_batch
 from common.transforms import SwapPaird
 from rwcnet_net.cache import PriorCache
 from rwcnet_net.network import RWCNet, StagePatch, StageState
 
-__all__ = ["StageBatch", "StageInferer", "StageRates", "StageSchedule"]
+__all__ = ["StageBatch", "StageInferer", "StageObjective", "StageRates", "StageSchedule"]
 
 
 class StageSchedule:
@@ -38,6 +39,7 @@ class StageSchedule:
         max_epochs: of all stages together.
         shares: of the stages in the epochs; the paper's 30,000, 45,000 and 60,000 steps are (2, 3, 4).
         stage: train this one only, counted from 1.
+        warm_start: a stage without trained weights starts from those of the stage before.
         output_dir: folder of `stage_K.pt`.
 
     Raises:
@@ -51,6 +53,7 @@ class StageSchedule:
         max_epochs: int,
         shares: Sequence[float] = (2, 3, 4),
         stage: int | None = None,
+        warm_start: bool = True,
         output_dir: str | os.PathLike[str],
     ) -> None:
         count = len(network.stages)
@@ -61,6 +64,7 @@ class StageSchedule:
         if max_epochs < count:
             raise InputError(f"{count} stages need at least {count} epochs, got max_epochs {max_epochs}")
         self.network = network
+        self.warm_start = warm_start
         self.output_dir = Path(output_dir)
         self.ends: list[int] = []  # number of the last epoch of each stage
         for i in range(count):
@@ -80,7 +84,11 @@ class StageSchedule:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end)
 
     def _begin(self, epoch: int) -> None:
-        self.network.train_stage(self.stage_of(epoch))
+        stage = self.stage_of(epoch)
+        first = stage > 0 and epoch == self.ends[stage - 1] + 1
+        if self.warm_start and first and int(self.network.trained_stages) <= stage:
+            self.network.copy_stage(stage - 1, stage)
+        self.network.train_stage(stage)
 
     def _end(self, engine: Any) -> None:
         epoch = engine.state.epoch
@@ -163,7 +171,9 @@ class StageBatch:
         _, pair = prepare_training_batch(batch, device, non_blocking)
         pair = {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in pair.items()}
         image = pair["image"]
-        stage = self.network.stages_in_use - 1
+        stage = self.network.stage_in_training
+        if stage is None:
+            raise ValueError("no stage is in training: call train_stage first")
         # PyTorch's generator decides, whose state is saved with the training.
         if stage == 0 and "ddf" not in pair and float(torch.rand(())) < self.swap:
             image = image.flip(1)
@@ -173,8 +183,11 @@ class StageBatch:
             view = self.network.view(image, stage, prior)
             box = _random_box(self.network.patch_grid(stage, view.fixed.shape[2:]))
             target = self._target(stage, pair, box)
-        target |= {"fixed": view.fixed[(..., *box)], "moving": view.moving}
-        return view.cut(box), target
+        patch = view.cut(box)
+        target |= {"fixed": patch.fixed, "moving": view.moving, "warped": patch.moving, "stage": stage}
+        if "ddf" in target:
+            target["residual"] = _residual(target["ddf"], view.prior, box)
+        return patch, target
 
     def _prior(self, stage: int, image: Tensor, pair: Mapping[str, Any]) -> StageState | None:
         if stage == 0:
@@ -214,6 +227,31 @@ class StageBatch:
         return points / scale if self.network.mode == "nearest" else (points + 0.5) / scale - 0.5
 
 
+class StageObjective(RegistrationObjective):
+    """A registration's objective, and the matching of the features of the stage in training.
+
+    Args:
+        network: what is trained.
+        matching_weight: of `MatchingLoss`, for pairs with an exact field; 0 leaves it out.
+        **options: see `RegistrationObjective`.
+    """
+
+    def __init__(self, *, network: RWCNet, matching_weight: float = 0.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.matching_weight = matching_weight
+        self._subnetworks = list(network.stages)  # in a list, they do not become this module's own
+        self.matching = nn.ModuleList(MatchingLoss(radius=radius) for radius in network.radii)
+
+    def forward(self, estimates: Tensor | Sequence[Tensor], pair: Mapping[str, Any]) -> Tensor:
+        """Loss of a stage's estimates for a target of `StageBatch`."""
+        loss = super().forward(estimates, pair)
+        if self.matching_weight and "residual" in pair:
+            features = self._subnetworks[pair["stage"]].encode(pair["fixed"], pair["warped"])
+            matching = self.matching[pair["stage"]].to(loss.device)
+            loss = loss + self.matching_weight * matching(*features, pair["residual"], pair["mask"])
+        return loss
+
+
 class StageInferer(Inferer):
     """Runs the stage in training on its patch.
 
@@ -243,6 +281,23 @@ class StageInferer(Inferer):
 
 def _origin(box: Box, like: Tensor) -> Tensor:
     return like.new_tensor([side.start for side in box]).view(1, 3, 1, 1, 1)
+
+
+def _residual(placed: Tensor, prior: Tensor | None, box: Box) -> Tensor:
+    """What is left for the stage: r in `total(p) = r(p) + prior(p + r(p))`, by fixed-point iteration.
+
+    Args:
+        placed: (B, 3, d, h, w), the total, counted from the patch's first voxel.
+        prior: (B, 3, D, H, W).
+        box: the patch.
+    """
+    origin = _origin(box, placed)
+    residual = total = placed - origin
+    if prior is not None:
+        residual = total - warp(prior, origin.expand_as(total), padding_mode="border")
+        for _ in range(5):
+            residual = total - warp(prior, residual + origin, padding_mode="border")
+    return residual
 
 
 def _random_box(grid: PatchGrid) -> Box:
