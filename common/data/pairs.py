@@ -36,7 +36,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             "given": see `data`.
         seed: of the random pairing; a pair depends on (seed, epoch, index) only, whatever the worker.
         length: number of pairs an epoch. By default each pair once, or for "random" each scan once as fixed. The
-            deterministic pairings are cut short or repeated.
+            deterministic pairings are cut short, the next epoch going on from there, or repeated.
 
     Raises:
         InputError: when the items cannot be paired.
@@ -86,13 +86,13 @@ class PairDataset(Dataset[dict[str, Any]]):
         return pair if self.transform is None else self.transform(pair)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose random pairs are handed out; without a call it is epoch 0 for ever."""
+        """Choose the epoch whose pairs are handed out; without a call it is epoch 0 for ever."""
         self._epoch.fill_(epoch)
 
     def pair(self, index: int) -> dict[str, Any]:
         """The pair `index` of this epoch before the transform."""
         if self.pairing == "given":
-            return dict(self.data[index % len(self.data)])
+            return dict(self.data[self._position(index) % len(self.data)])
         fixed, moving = self.indices(index)
         pair = {"fixed": self.data[fixed]["image"], "moving": self.data[moving]["image"]}
         for key in self._companions:
@@ -105,7 +105,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         if self.pairing == "given":
             raise ValueError("given pairs are not made of the positions of two scans")
         if self.pairing != "random":
-            return self._pairs[index % len(self._pairs)]
+            return self._pairs[self._position(index) % len(self._pairs)]
         # A permutation for each pass through the scans, so that even a short epoch draws from all of them.
         epoch = int(self._epoch)
         sweep, position = divmod(index, len(self.data))
@@ -113,6 +113,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         fixed = int(order[position])
         partners = self._partners[fixed]
         return fixed, partners[int(np.random.default_rng([self.seed, epoch, index, 1]).integers(len(partners)))]
+
+    def _position(self, index: int) -> int:
+        return int(self._epoch) * self._length + index
 
     def _fixed_list_of_pairs(self) -> list[tuple[int, int]]:
         if self.pairing == "all":

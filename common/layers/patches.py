@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -41,11 +41,14 @@ class PatchGrid:
         size, self.starts = [], []
         for n, count in zip(self.shape, patches, strict=True):
             covering = -(-(n + overlap * (count - 1)) // count)
-            size.append(min(-(-covering // multiple) * multiple, n))
-            # First and last patch touch the border, the others stand evenly between; equal ones count once.
-            steps = max(count - 1, 1)
-            last = (n - size[-1]) // multiple
-            self.starts.append(sorted({round(i * last / steps) * multiple for i in range(count)}))
+            extent = min(-(-covering // multiple) * multiple, n)
+            starts = _starts(n, extent, count, multiple)
+            # Rounding the starts to multiples can have left two neighbours too far apart.
+            while extent < n and any(later > start + extent - overlap for start, later in pairwise(starts)):
+                extent += multiple
+                starts = _starts(n, extent, count, multiple)
+            size.append(extent)
+            self.starts.append(starts)
         self.size = size[0], size[1], size[2]
 
     @property
@@ -77,6 +80,12 @@ class PatchGrid:
             weight = wd[:, None, None] * wh[None, :, None] * ww[None, None, :]
             joined[(..., *box)] += weight.to(patch) * patch
         return joined
+
+
+def _starts(length: int, size: int, count: int, multiple: int) -> list[int]:
+    """First and last patch touch the border, the others stand evenly between; equal ones count once."""
+    last = (length - size) // multiple
+    return sorted({round(i * last / max(count - 1, 1)) * multiple for i in range(count)})
 
 
 def _windows(starts: Sequence[int], size: int, length: int) -> list[Tensor]:

@@ -92,6 +92,8 @@ class TrainingRun:
         resume: continue from `last.pt`.
         initial_weights: path of a state dict to start from, when not resuming.
         start_epoch: number of epochs that count as done, when not resuming.
+        end_epoch: the last epoch, where a handler ends the training before the trainer's own last one: a resumed
+            training that has got there stays as it is.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class TrainingRun:
         resume: bool = False,
         initial_weights: str | None = None,
         start_epoch: int = 0,
+        end_epoch: int | None = None,
     ) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
@@ -117,6 +120,7 @@ class TrainingRun:
         self.resume = resume
         self.initial_weights = initial_weights
         self.start_epoch = start_epoch
+        self.end_epoch = end_epoch
         # Both after the handlers of the config: an epoch is saved once it is validated.
         evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._save_best)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save_last)
@@ -141,7 +145,7 @@ class TrainingRun:
                     length, max_epochs = len(self.trainer.data_loader), self.trainer.state.max_epochs
                     position = {"epoch": self.start_epoch, "epoch_length": length, "max_epochs": max_epochs}
                     self.trainer.load_state_dict(position)
-            if self.trainer.state.epoch < self.trainer.state.max_epochs:
+            if self.trainer.state.epoch < (self.end_epoch or self.trainer.state.max_epochs):
                 self.trainer.run()
         except Exception as error:
             cause = find_registration_error(error)

@@ -135,3 +135,13 @@ def test_unusable_options() -> None:
         PairDataset(SCANS, pairing="twins")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one pair"):
         PairDataset(SCANS, length=0)
+
+
+def test_a_short_epoch_of_given_pairs_goes_on_where_the_last_one_ended() -> None:
+    pairs = [{"fixed": f"f{i}", "moving": f"m{i}"} for i in range(5)]
+    dataset = PairDataset(pairs, pairing="given", length=2)
+    seen = []
+    for epoch in range(5):
+        dataset.set_epoch(epoch)
+        seen += [dataset[i]["fixed"] for i in range(2)]
+    assert seen == [f"f{i % 5}" for i in range(10)]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,18 +88,12 @@ class PriorCache:
             ddf, hidden = (torch.from_numpy(array).to(image.device) for array in stored)
             return StageState(ddf=ddf, hidden=hidden)
         state = compute()
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            # A zip checks what it reads, which PyTorch's own format does not.
-            np.savez(
-                file,
-                key=np.frombuffer(key, dtype=np.uint8),
-                ddf=state.ddf.float().cpu().numpy(),
-                hidden=state.hidden.float().cpu().numpy(),
-            )
+        with atomic_path(path) as temporary:
+            _write(temporary, key, state)
         return state
 
     def _path(self, stage: int, index: int) -> Path:
-        return self.folder / f"stage_{stage + 1}_pair_{index:05d}.npz"
+        return self.folder / f"stage_{stage + 1}_pair_{index:05d}.bin"
 
     def _entry_bytes(self, stage: int) -> int:
         scale = self.network.scales[stage - 1]
@@ -109,20 +102,33 @@ class PriorCache:
 
     def _fingerprint_of(self, stage: int) -> bytes:
         network = self.network
-        digest = hashlib.sha256(
-            repr((network.variant, network.scales, network.steps[:stage], network.overlap)).encode()
-        )
+        options = (network.variant, network.scales, network.steps[:stage], network.patches[:stage], network.overlap)
+        digest = hashlib.sha256(repr((*options, network.diffeomorphic)).encode())
         for subnetwork in network.stages[:stage]:
             for value in subnetwork.state_dict().values():
                 digest.update(value.detach().cpu().numpy().tobytes())
         return digest.digest()
 
 
+def _write(path: Path, key: bytes, state: StageState) -> None:
+    """Key, digest of the rest, and the rest: two arrays in NumPy's format."""
+    content = io.BytesIO()
+    for tensor in (state.ddf, state.hidden):
+        np.save(content, tensor.float().cpu().numpy(), allow_pickle=False)
+    with path.open("wb") as file:
+        file.write(key)
+        file.write(hashlib.sha256(content.getbuffer()).digest())
+        file.write(content.getbuffer())
+
+
 def _read(path: Path, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+    """The two arrays, or None where there is no such entry or a single bit of it is wrong."""
     try:
-        with np.load(path, allow_pickle=False) as entry:
-            if entry["key"].tobytes() == key:
-                return entry["ddf"], entry["hidden"]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
-        pass  # not there, or damaged
-    return None
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    content = memoryview(stored)[2 * len(key) :]
+    if stored[: 2 * len(key)] != key + hashlib.sha256(content).digest():
+        return None
+    file = io.BytesIO(content)
+    return np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)

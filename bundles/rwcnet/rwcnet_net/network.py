@@ -150,6 +150,7 @@ class RWCNet(nn.Module):
         self.radii = tuple(radii)
         self.patches = [(n, n, n) if isinstance(n, int) else tuple(n) for n in patches]
         self.overlap = overlap
+        self.diffeomorphic = diffeomorphic
         self.mode = "nearest" if variant == "published" else "trilinear"
         self.stages = nn.ModuleList(
             SubNetwork(
@@ -327,7 +328,7 @@ def _check_options(
             f"each stage has a scale, steps, a radius and patches, got {list(scales)}, {list(steps)}, {list(radii)} "
             f"and {list(patches)}"
         )
-    if any(coarse <= fine or coarse % fine for coarse, fine in pairwise(scales)):
-        raise ValueError(f"each scale must be a multiple of the next, from coarse to fine, got {list(scales)}")
     if min(scales) < 1 or min(steps) < 1:
         raise ValueError(f"scales and steps must be positive, got {list(scales)} and {list(steps)}")
+    if any(coarse <= fine or coarse % fine for coarse, fine in pairwise(scales)):
+        raise ValueError(f"each scale must be a multiple of the next, from coarse to fine, got {list(scales)}")

@@ -10,7 +10,7 @@ from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
 from common.geometry.fields import exponentiate
-from common.layers.correlation import LocalCorrelation
+from common.layers.correlation import LocalCorrelation, correlation_offsets
 from common.layers.motion import FlowHead, MotionEncoder
 from common.layers.recurrent import ConvGRU
 from common.layers.warp import warp
@@ -110,6 +110,7 @@ class SubNetwork(nn.Module):
             | moving features | warped once, by the running displacement D | warped again and again, by each increment |
             | the motion encoder sees | D | the previous increment |
             | last convolution starts | next to the identity | from PyTorch's default |
+            | motion encoder starts | from the window's moments (ours) | from PyTorch's default |
 
         correlation: without it the features of both images take the volume's place (the paper's ablation).
         features: "intensity", or "mind": 12 MIND-SSC channels of each image (radius 1, dilation 2).
@@ -167,6 +168,8 @@ class SubNetwork(nn.Module):
             tied_gates=self.published,
             head_init_std=None if self.published else 1e-5,
         )
+        if not self.published:
+            self._initialize_motion_encoder()
 
     def forward(
         self, fixed: Tensor, moving: Tensor, *, steps: int, hidden: Tensor | None = None
@@ -214,6 +217,24 @@ class SubNetwork(nn.Module):
             features = (features - mean) * torch.rsqrt(variance + 1e-5)
         features_f, features_m = torch.chunk(features, 2)
         return features_f, features_m
+
+    def _initialize_motion_encoder(self) -> None:
+        """Start the convolution on the correlation volume from its moments: on which side of the window, how near its
+        centre and how high the similarity is. What 343 random weights see of a peak that moves by a voxel is noise.
+        The other convolutions start by He et al., so that the signal arrives at the GRU."""
+        encoder = self.update_block.motion_encoder
+        for layer in encoder.modules():
+            if isinstance(layer, nn.Conv3d) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        if self.correlation is None:
+            return
+        offsets = torch.tensor(correlation_offsets(self.correlation.radius, self.correlation.order)).float()  # (K^3, 3)
+        near = torch.exp(-0.5 * offsets.square().sum(dim=1))
+        moments = [sign * offsets[:, axis] for axis in range(3) for sign in (1, -1)] + [near, torch.ones_like(near)]
+        first = encoder.correlation[0]
+        with torch.no_grad():
+            first.weight.copy_(torch.stack([moment / moment.norm() for moment in moments])[..., None, None, None])
 
     def _input(self, image: Tensor) -> Tensor:
         return image if self.features == "intensity" else mind_ssc(image, radius=1, dilation=2).to(image.dtype)

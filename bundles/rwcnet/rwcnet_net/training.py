@@ -25,7 +25,7 @@ from common.transforms import SwapPaird
 from rwcnet_net.cache import PriorCache
 from rwcnet_net.network import RWCNet, StagePatch, StageState
 
-__all__ = ["StageBatch", "StageInferer", "StageObjective", "StageRates", "StageSchedule"]
+__all__ = ["StageBatch", "StageInferer", "StageObjective", "StageRates", "StageSchedule", "StageSetter"]
 
 
 class StageSchedule:
@@ -36,14 +36,14 @@ class StageSchedule:
 
     Args:
         network: what is trained.
-        max_epochs: of all stages together.
+        max_epochs: of all stages together; the last stages get none where they are fewer than the stages.
         shares: of the stages in the epochs; the paper's 30,000, 45,000 and 60,000 steps are (2, 3, 4).
         stage: train this one only, counted from 1.
         warm_start: a stage without trained weights starts from those of the stage before.
         output_dir: folder of `stage_K.pt`.
 
     Raises:
-        InputError: when there is no such stage, or not an epoch for each.
+        InputError: when there is no such stage, or none of the epochs is its own.
     """
 
     def __init__(
@@ -61,15 +61,17 @@ class StageSchedule:
             raise InputError(f"stage_shares must be {count} positive numbers, one for each stage, got {list(shares)}")
         if stage is not None and stage not in range(1, count + 1):
             raise InputError(f"there is no stage {stage}: the network has stages 1 to {count}")
-        if max_epochs < count:
-            raise InputError(f"{count} stages need at least {count} epochs, got max_epochs {max_epochs}")
+        if max_epochs < (stage or 1):
+            raise InputError(f"max_epochs {max_epochs} leaves no epoch for stage {stage or 1}")
         self.network = network
         self.warm_start = warm_start
         self.output_dir = Path(output_dir)
         self.ends: list[int] = []  # number of the last epoch of each stage
         for i in range(count):
             end = round(max_epochs * sum(shares[: i + 1]) / sum(shares))
-            self.ends.append(min(max(end, i + 1), max_epochs - (count - 1 - i)))
+            first = self.ends[-1] + 1 if self.ends else 1
+            left_to_others = max(max_epochs - (count - 1 - i), first)
+            self.ends.append(min(max(end, first), left_to_others, max_epochs))
         self.start_epoch = self.ends[stage - 2] if stage is not None and stage > 1 else 0
         self.last_epoch = self.ends[stage - 1] if stage is not None else max_epochs
         self.initial_weights = str(self._weights_after(stage - 2)) if stage is not None and stage > 1 else None
@@ -104,6 +106,25 @@ class StageSchedule:
         return self.output_dir / f"stage_{stage + 1}.pt"
 
 
+class StageSetter:
+    """The handler that puts a schedule to work, and with it the cache of the frozen stages.
+
+    Args:
+        schedule: the stages' epochs.
+        cache: None to run the frozen stages for each pair anew.
+    """
+
+    def __init__(self, schedule: StageSchedule, *, cache: PriorCache | None = None) -> None:
+        self.schedule = schedule
+        self.cache = cache
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a trainer."""
+        self.schedule.attach(engine)
+        if self.cache is not None:
+            self.cache.attach(engine)
+
+
 class StageRates:
     """Factor of the learning rate by step, for `LambdaLR`: one cycle for each stage, or constant.
 
@@ -127,7 +148,7 @@ class StageRates:
         position = self.first_step + step
         stage = min(sum(position >= bound for bound in self.bounds[1:]), len(self.bounds) - 2)
         start, stop = self.bounds[stage : stage + 2]
-        share = min((position - start) / (stop - start), 1.0)
+        share = min((position - start) / max(stop - start, 1), 1.0)
         if share < 0.05:
             return 0.05 + 0.95 * share / 0.05
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (share - 0.05) / 0.95))

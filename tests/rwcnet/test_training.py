@@ -1,0 +1,480 @@
+"""Training the stages through the bundle's own config: continuing exactly, stage by stage, cached; tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from bundle_list import ROOT
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+from rwcnet_net import RWCNet
+from small_rwcnet import noise
+from torch import Tensor
+from training_runs import assert_same, interrupt, trainer_of
+
+from common.losses import LocalNCC, MSELoss
+
+BUNDLE = ROOT / "bundles" / "rwcnet"
+TINY = {
+    "bundle_root": str(BUNDLE),
+    "device": "cpu",
+    "shape": [16, 16, 16],
+    "epoch_length": 2,
+    "validation_length": 1,
+    "max_epochs": 3,
+    "learning_rate": 1e-3,
+    "network_def#steps": [1, 1, 1],
+    "network_def#overlap": 2,
+    "network_def#radii": [1, 1, 1],
+    "network_def#hidden_channels": 8,
+    "validate#inferer#minimum": 16,
+}
+
+Training = Callable[..., ConfigWorkflow]
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture
+def training(workflow: Callable[..., ConfigWorkflow], tmp_path: Path) -> Training:
+    def build(output: str = "out", overlay: str | None = None, **changes: Any) -> ConfigWorkflow:
+        names = ["train", *([overlay] if overlay else [])]
+        return workflow(BUNDLE, names, "train", **{**TINY, "output_dir": str(tmp_path / output), **changes})
+
+    return build
+
+
+def part(run: ConfigWorkflow, name: str) -> Any:
+    return run.parser.get_parsed_content(name)
+
+
+def load(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def of_stage(weights: Weights, stage: int) -> Weights:
+    return {name: value for name, value in weights.items() if name.startswith(f"stages.{stage}.")}
+
+
+def same(first: Weights, second: Weights) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def record(run: ConfigWorkflow) -> list[tuple[int, int, float]]:
+    """Epoch, stage and loss of each iteration, filled by `run.run()`."""
+    rows: list[tuple[int, int, float]] = []
+    network = part(run, "network")
+
+    def note(engine: Any) -> None:
+        rows.append((engine.state.epoch, network.stage_in_training + 1, float(engine.state.output["loss"].detach())))
+
+    trainer_of(run).add_event_handler(Events.ITERATION_COMPLETED, note)
+    return rows
+
+
+@pytest.mark.usefixtures("shallow_encoders")
+class TestStages:
+    def test_run_one_after_the_other(self, training: Training, tmp_path: Path) -> None:
+        run = training()
+        rows = record(run)
+        start = {name: value.clone() for name, value in part(run, "network").state_dict().items()}
+        rates: list[float] = []
+        optimizer = part(run, "optimizer")
+        optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+        run.run()
+        assert [row[:2] for row in rows] == [(1, 1), (1, 1), (2, 2), (2, 2), (3, 3), (3, 3)]
+        assert all(np.isfinite(row[2]) for row in rows)
+        # two steps a stage: at its beginning, and half way down
+        assert rates == pytest.approx([5e-5, rates[1]] * 3)
+        assert rates[1] > 5e-4
+
+        stages = [load(tmp_path / "out" / f"stage_{n}.pt") for n in (1, 2, 3)]
+        for stage in range(3):
+            earlier = [start, *stages]
+            for n in range(4):  # a stage's weights change in its own epoch alone, bit for bit
+                assert same(of_stage(earlier[n], stage), of_stage(stages[2], stage)) is (n > stage)
+        assert [int(weights["trained_stages"]) for weights in stages] == [1, 2, 3]
+        last = load(tmp_path / "out" / "last.pt")
+        assert_same(dict(last["network"]), dict(stages[2]))
+        # the frozen stages have a momentum that would have moved them
+        moments = last["optimizer"]["state"]
+        assert len(moments) == len(list(part(run, "network").parameters()))
+        assert sum(bool(state["exp_avg"].any()) for state in moments.values()) > 0.8 * len(moments)
+        assert int(load(tmp_path / "out" / "model.pt")["trained_stages"]) == last["best"][1]
+
+    def test_weights_of_any_stage_can_be_used(self, training: Training, tmp_path: Path) -> None:
+        interrupt(training(), iteration=3)
+        network = RWCNet(steps=(1, 1, 1), radii=(1, 1, 1), hidden_channels=8, overlap=2)
+        for name in ("stage_1.pt", "model.pt"):
+            network.load_state_dict(load(tmp_path / "out" / name), strict=True)
+            assert network.stages_in_use == 1
+        with torch.no_grad():
+            assert network.eval()(noise(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+
+
+@pytest.mark.usefixtures("shallow_encoders")
+class TestResume:
+    def test_continues_exactly(self, training: Training, tmp_path: Path) -> None:
+        """Struck in the middle of the second stage: epochs 2 and 3 of 4 are its."""
+        plan = {"stage_shares": [1, 2, 1], "max_epochs": 4}
+        training("straight", **plan).run()
+        interrupt(training("broken", **plan), iteration=5)
+        saved = load(tmp_path / "broken" / "last.pt")
+        assert saved["trainer"]["iteration"] == 4
+        assert int(saved["network"]["trained_stages"]) == 2
+        torch.manual_seed(12345)  # another process would have other random numbers
+        np.random.seed(5)
+        resumed = training("broken", resume=True, **plan)
+        rows = record(resumed)
+        resumed.run()
+        assert [row[:2] for row in rows] == [(3, 2), (3, 2), (4, 3), (4, 3)]
+        for name in ("last.pt", "model.pt", "stage_1.pt", "stage_2.pt", "stage_3.pt"):
+            assert_same(*(load(tmp_path / folder / name) for folder in ("straight", "broken")))
+
+    @pytest.mark.slow
+    def test_continues_exactly_between_stages(self, training: Training, tmp_path: Path) -> None:
+        training("straight").run()
+        interrupt(training("broken"), iteration=3)
+        assert int(load(tmp_path / "broken" / "last.pt")["network"]["trained_stages"]) == 1
+        torch.manual_seed(12345)
+        interrupt(training("broken", resume=True), iteration=5)
+        torch.manual_seed(54321)
+        training("broken", resume=True).run()
+        for name in ("last.pt", "model.pt", "stage_1.pt", "stage_2.pt", "stage_3.pt"):
+            assert_same(*(load(tmp_path / folder / name) for folder in ("straight", "broken")))
+
+    @pytest.mark.parametrize("stage", [None, 1])
+    def test_a_finished_training_stays_as_it_is(self, training: Training, tmp_path: Path, stage: int | None) -> None:
+        training(stage=stage, epoch_length=1).run()
+        before = {path.name: load(path) for path in (tmp_path / "out").glob("*.pt")}
+        again = training(stage=stage, epoch_length=1, resume=True)
+        rows = record(again)
+        again.run()
+        assert rows == []
+        for path in (tmp_path / "out").glob("*.pt"):
+            assert_same(load(path), before[path.name], path.name)
+
+
+@pytest.mark.usefixtures("shallow_encoders")
+class TestSingleStages:
+    def test_each_goes_on_from_the_one_before(self, training: Training, tmp_path: Path) -> None:
+        weights: list[Weights] = []
+        for stage in (1, 2, 3):
+            run = training(stage=stage, epoch_length=1)
+            rows = record(run)
+            starts: list[Weights] = []
+            network = part(run, "network")
+            trainer_of(run).add_event_handler(
+                Events.STARTED,
+                lambda _, s=starts, n=network: s.append({k: v.clone() for k, v in n.state_dict().items()}),
+            )
+            run.run()
+            assert [row[:2] for row in rows] == [(stage, stage)]
+            weights.append(load(tmp_path / "out" / f"stage_{stage}.pt"))
+            if stage > 1:
+                assert_same(starts[0], dict(weights[stage - 2]))
+            for other in range(3):
+                unchanged = same(of_stage(weights[-1], other), of_stage(starts[0], other))
+                assert unchanged is (other != stage - 1)
+            last = load(tmp_path / "out" / "last.pt")
+            assert last["trainer"]["iteration"] == stage
+            assert_same(dict(last["network"]), dict(weights[-1]))
+        assert [int(w["trained_stages"]) for w in weights] == [1, 2, 3]
+        training("whole", epoch_length=1).run()
+        assert_same(dict(load(tmp_path / "whole" / "stage_1.pt")), dict(weights[0]))
+
+    @pytest.mark.slow
+    def test_continues_exactly(self, training: Training, tmp_path: Path) -> None:
+        """A single stage, struck in its second epoch."""
+        plan = {"stage_shares": [1, 2, 1], "max_epochs": 4}
+        training("straight", stage=1, **plan).run()
+        shutil.copytree(tmp_path / "straight", tmp_path / "broken")
+        training("straight", stage=2, **plan).run()
+        interrupt(training("broken", stage=2, **plan), iteration=5)
+        torch.manual_seed(12345)
+        training("broken", stage=2, resume=True, **plan).run()
+        for name in ("last.pt", "model.pt", "stage_1.pt", "stage_2.pt"):
+            assert_same(*(load(tmp_path / folder / name) for folder in ("straight", "broken")))
+
+    def test_without_the_stage_before(self, training: Training, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit) as caught:
+            training(stage=2).run()
+        assert caught.value.code == f"error: the weights {tmp_path / 'out' / 'stage_1.pt'} do not exist"
+        assert not list((tmp_path / "out").glob("*.pt"))
+
+    def test_weights_of_the_stage_before_from_elsewhere(self, training: Training, tmp_path: Path) -> None:
+        training("first", stage=1, epoch_length=1).run()
+        weights = tmp_path / "first" / "stage_1.pt"
+        training("second", stage=2, epoch_length=1, initial_weights=str(weights)).run()
+        first, second = load(weights), load(tmp_path / "second" / "stage_2.pt")
+        assert same(of_stage(first, 0), of_stage(second, 0))
+        assert same(of_stage(first, 2), of_stage(second, 2))
+
+    def test_no_such_stage(self, training: Training, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            training(stage=4).run()
+        sys.excepthook(caught.type, caught.value, caught.tb)
+        assert capsys.readouterr().err == "error: there is no stage 4: the network has stages 1 to 3\n"
+
+
+@pytest.mark.usefixtures("shallow_encoders")
+class TestInitialWeights:
+    def test_are_used(self, training: Training, tmp_path: Path) -> None:
+        torch.manual_seed(7)
+        network = RWCNet(steps=(1, 1, 1), radii=(1, 1, 1), hidden_channels=8)
+        network.train_stage(2)  # so all three count as trained, and none is started from the one before
+        torch.save(network.state_dict(), tmp_path / "weights.pt")
+        run = training(epoch_length=1, learning_rate=1e-12, initial_weights=str(tmp_path / "weights.pt"))
+        run.run()
+        result = load(tmp_path / "out" / "stage_3.pt")
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(result[name], value, atol=1e-9, rtol=0)
+
+    @pytest.mark.parametrize("warm", [True, False])
+    def test_of_one_stage_start_the_next(self, training: Training, tmp_path: Path, warm: bool) -> None:
+        options = {"network_def#radii": [2, 2, 1], "learning_rate": 1e-12, "warm_start": warm}
+        run = training(epoch_length=1, **options)
+        first, second, third = part(run, "network").stages
+        run.run()
+        near = {"atol": 1e-9, "rtol": 0.0}
+        same = {n for n, value in second.state_dict().items() if torch.allclose(value, first.state_dict()[n], **near)}
+        drawn = {name for name in second.state_dict() if "gru" in name or "conv_init" in name or "convInit" in name}
+        assert len(drawn) >= 8
+        assert same == set(second.state_dict()) if warm else not same & drawn
+        last, inner = (stage.update_block.motion_encoder.correlation[0].weight for stage in (third, second))
+        inner = inner.unflatten(1, (5, 5, 5))[:, 1:-1, 1:-1, 1:-1].flatten(1, 3)
+        assert torch.allclose(last, inner, **near) is warm
+
+    def test_missing(self, training: Training, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match=r"^error: the weights .*none\.pt do not exist$"):
+            training(initial_weights=str(tmp_path / "none.pt")).run()
+
+
+@pytest.mark.usefixtures("shallow_encoders")
+class TestCache:
+    @pytest.mark.slow
+    def test_is_filled_once_and_continues_exactly(self, training: Training, tmp_path: Path) -> None:
+        """Stage 2 has two epochs of the same pairs; the second one reads what the first one wrote."""
+        plan = {"stage_shares": [1, 2, 1], "max_epochs": 4}
+        straight = training("straight", cache_dir=str(tmp_path / "first"), **plan)
+        network = part(straight, "network")
+        estimated: list[int] = []
+        estimate = network.estimate
+
+        def counted(image: Tensor, stages: int) -> Any:
+            if network.training:
+                estimated.append(stages)
+            return estimate(image, stages)
+
+        network.estimate = counted
+        straight.run()
+        assert estimated == [1, 1, 2, 2]
+        names = [f"stage_{stage}_pair_0000{pair}.bin" for stage in (2, 3) for pair in (0, 1)]
+        assert sorted(path.name for path in (tmp_path / "first").iterdir()) == names
+
+        interrupt(training("broken", cache_dir=str(tmp_path / "second"), **plan), iteration=5)
+        (tmp_path / "second" / names[0]).write_bytes(b"damaged")
+        torch.manual_seed(12345)
+        training("broken", cache_dir=str(tmp_path / "second"), resume=True, **plan).run()
+        for name in ("last.pt", "model.pt", "stage_1.pt", "stage_2.pt", "stage_3.pt"):
+            assert_same(*(load(tmp_path / folder / name) for folder in ("straight", "broken")))
+        assert sorted(path.name for path in (tmp_path / "second").iterdir()) == names
+
+    def test_too_small_a_disk(self, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = training(cache_dir=str(tmp_path / "cache"), epoch_length=1)
+        rows = record(run)
+        real = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path: real._replace(free=100) if "cache" in str(path) else real
+        )
+        with pytest.raises(SystemExit) as caught:
+            run.run()
+        message = str(caught.value.code)
+        assert message.startswith(f"error: {tmp_path / 'cache'} is too small for the cache of stage 2: 1 pairs need ")
+        assert "\n" not in message
+        assert [row[1] for row in rows] == [1]  # the first stage needs none, and is saved
+        assert (tmp_path / "out" / "stage_1.pt").is_file()
+
+    def test_takes_one_pair_at_a_time(self, training: Training, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match=r"^error: the cache takes one pair at a time, .* use --batch_size 1$"):
+            training(cache_dir=str(tmp_path / "cache"), batch_size=2, epoch_length=1).run()
+
+
+class TestOverlays:
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("name", "stages", "changes"),
+        [
+            ("ablation_no_correlation", 3, {"max_epochs": 3}),
+            ("ablation_single_scale", 1, {"network_def#steps": [1], "network_def#radii": [1], "max_epochs": 1}),
+            ("ablation_two_steps", 3, {"network_def#steps": [2, 2, 2], "max_epochs": 3}),
+        ],
+    )
+    def test_ablations_train(
+        self, training: Training, tmp_path: Path, name: str, stages: int, changes: dict[str, Any]
+    ) -> None:
+        run = training(overlay=name, epoch_length=1, **changes)
+        rows = record(run)
+        run.run()
+        assert [row[1] for row in rows] == list(range(1, stages + 1))
+        assert all(np.isfinite(row[2]) for row in rows)
+        assert (tmp_path / "out" / f"stage_{stages}.pt").is_file()
+        assert (tmp_path / "out" / "model.pt").is_file()
+
+    def test_no_correlation(self, plain: Training) -> None:
+        network = part(plain("ablation_no_correlation"), "network")
+        assert [stage.correlation for stage in network.stages] == [None] * 3
+        assert (network.scales, network.steps) == ((4, 2, 1), (12, 12, 4))
+
+    def test_single_scale(self, plain: Training) -> None:
+        run = plain("ablation_single_scale")
+        network = part(run, "network")
+        assert (network.scales, network.steps, network.stride) == ((4,), (12,), 4)
+        assert network.stages[0].correlation.radius == 3
+        assert part(run, "schedule").ends == [30]
+
+    def test_two_steps(self, plain: Training) -> None:
+        assert part(plain("ablation_two_steps"), "network").steps == (2, 2, 2)
+
+    def test_hippocampus(self, plain: Training) -> None:
+        run = plain("hippocampus")
+        loss = part(run, "loss")
+        assert isinstance(loss.similarity, MSELoss)
+        assert (loss.similarity_weight, loss.smoothness_weight, loss.label_weight) == (10, 0.1, 1)
+        assert loss.soft_dice.labels == (1, 2)
+        batch = part(run, "train#prepare_batch")
+        assert (batch.labels, batch.spacing, batch.cache) == ([1, 2], [1.0, 1.0, 1.0], None)
+        overlay = json.loads((BUNDLE / "configs" / "hippocampus.json").read_text())
+        assert part(run, "network").steps == tuple(overlay["network_def#steps"])
+        assert trainer_of(run).state.max_epochs == part(run, "schedule").ends[-1] == overlay["max_epochs"]
+        assert all(n % 4 == 0 for n in run.parser["shape"])
+        assert part(run, "val_metric") == "endpoint_error"  # without scans; with them the labels'
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "steps"), [("oasis", [160, 224, 192], 135_000), ("nlst", [224, 192, 224], 135_000)]
+    )
+    def test_published_settings(self, plain: Training, name: str, shape: list[int], steps: int) -> None:
+        run = plain(name)
+        loss = part(run, "loss")
+        assert isinstance(loss.similarity, MSELoss)
+        assert (loss.similarity_weight, loss.smoothness_weight, loss.smoothness.penalty) == (10, 0.1, "l1")
+        assert (loss.supervision, part(run, "train#inferer").sequence) == ("similarity", False)
+        assert not part(run, "schedule").warm_start
+        assert not any(stage.detach for stage in part(run, "network").stages)  # the last field answers for all steps
+        assert run.parser["shape"] == shape
+        assert run.parser["max_epochs"] * run.parser["epoch_length"] == pytest.approx(steps, rel=0.01)
+        assert part(run, "lr_scheduler").lr_lambdas[0].policy == "constant"
+        assert part(run, "optimizer").param_groups[0]["lr"] == 3e-4
+        assert part(run, "network").steps == (12, 12, 4)
+        if name == "oasis":
+            assert loss.soft_dice.labels == tuple(range(1, 36))
+            assert (loss.label_weight, loss.landmark_weight) == (1, 0)
+        else:
+            assert (loss.label_weight, loss.landmark_weight) == (0, 1)
+            assert part(run, "train#prepare_batch").spacing == [1.5] * 3
+
+    def test_by_default(self, plain: Training) -> None:
+        run = plain(None)
+        assert isinstance(part(run, "loss").similarity, LocalNCC)
+        assert part(run, "train#inferer").sequence
+        assert part(run, "schedule").warm_start
+        assert all(stage.detach for stage in part(run, "network").stages)
+        assert part(run, "loss").matching_weight == 0.5
+        assert part(run, "train#prepare_batch").cache is None
+        assert part(run, "schedule").ends == [7, 17, 30]
+
+
+@pytest.fixture
+def plain(workflow: Callable[..., ConfigWorkflow], tmp_path: Path) -> Training:
+    """A config as it is, nothing but the place of the results changed; all of it is built, nothing run."""
+
+    def build(overlay: str | None) -> ConfigWorkflow:
+        names = ["train", *([overlay] if overlay else [])]
+        places = {"bundle_root": str(BUNDLE), "device": "cpu", "output_dir": str(tmp_path / "out")}
+        run = workflow(BUNDLE, names, "train", **places)
+        part(run, "training")
+        return run
+
+    return build
+
+
+@pytest.mark.usefixtures("shallow_encoders")
+class TestRealScans:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("cache", [False, True])
+    def test_with_labels(self, training: Training, tmp_path: Path, cache: bool) -> None:
+        run = training(
+            dataset_dir=str(two_balls(tmp_path / "data")),
+            validation=2,
+            labels=[1, 2],
+            label_weight=1.0,
+            spacing=2.0,
+            cache_dir=str(tmp_path / "cache") if cache else None,
+            shape=[20, 16, 16],
+            **{"loss#similarity#window": 3},
+        )
+        rows = record(run)
+        dices: list[float] = []
+        part(run, "validate#evaluator").add_event_handler(
+            Events.EPOCH_COMPLETED, lambda engine: dices.append(float(engine.state.metrics["dice"]))
+        )
+        run.run()
+        assert [row[1] for row in rows] == [1, 1, 2, 2, 3, 3]
+        assert all(np.isfinite(row[2]) for row in rows)
+        assert len(dices) == 3 and all(0.2 < dice < 1 for dice in dices)
+        assert len(list((tmp_path / "cache").glob("*.bin"))) == (4 if cache else 0)
+
+    @pytest.mark.slow
+    def test_with_key_points(self, training: Training, tmp_path: Path) -> None:
+        """Two scans of a patient, whose key points correspond; the published settings for the lung."""
+        folder = two_balls(tmp_path / "data")
+        generator = np.random.default_rng(0)
+        pairs = []
+        for number in range(3):
+            pair: dict[str, str] = {}
+            for role, scan in (("fixed", number), ("moving", number + 1)):
+                path = folder / f"points_{number}_{role}.csv"
+                np.savetxt(path, generator.uniform(4, 18, (30, 3)), delimiter=",")
+                pair |= {role: str(folder / "imagesTr" / f"scan_{scan}.nii.gz"), f"{role}_keypoints": str(path)}
+            pairs.append(pair)
+        run = training(
+            landmark_weight=1.0,
+            spacing=2.0,
+            val_metric="tre_mm",
+            **{
+                "train#dataset#data": pairs[:2],
+                "validate#dataset#data": pairs[2:],
+                "loss#similarity": {"_target_": "common.losses.MSELoss"},
+            },
+        )
+        rows = record(run)
+        run.run()
+        assert [row[1] for row in rows] == [1, 1, 2, 2, 3, 3]
+        assert all(np.isfinite(row[2]) and row[2] > 1 for row in rows)
+
+
+def two_balls(folder: Path) -> Path:
+    """Four labelled scans, the balls a little elsewhere in each."""
+    entries = []
+    for n in range(4):
+        entry = {"image": f"./imagesTr/scan_{n}.nii.gz", "label": f"./labelsTr/scan_{n}.nii.gz"}
+        shape, spacing = (24 + n, 26, 22), np.array([1.5, 1.2, 1.3])
+        x = (np.moveaxis(np.indices(shape), 0, -1) - (np.array(shape) - 1) / 2) * spacing
+        label = np.zeros(shape, np.uint8)
+        label[np.linalg.norm(x - [n % 3 - 6, 0, 0], axis=-1) < 7] = 1
+        label[np.linalg.norm(x - [8, n % 2, 1], axis=-1) < 6] = 2
+        image = 100 * label + 10 * np.random.default_rng(n).random(shape)
+        for key, array in (("image", image.astype(np.float32)), ("label", label)):
+            (folder / entry[key]).parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.diag([*spacing, 1.0])), folder / entry[key])
+        entries.append(entry)
+    (folder / "dataset.json").write_text(json.dumps({"name": "balls", "training": entries}))
+    return folder
