@@ -69,8 +69,13 @@ class TestSchedule:
 
     @pytest.mark.parametrize(("max_epochs", "stages"), [(1, [0]), (2, [0, 1])])
     def test_fewer_epochs_than_stages(self, three_stages: RWCNet, max_epochs: int, stages: list[int]) -> None:
+        """The last stages get none."""
         plan = schedule(three_stages, max_epochs=max_epochs)
         assert [plan.stage_of(epoch) for epoch in range(1, max_epochs + 1)] == stages
+        rates = StageRates(plan, epoch_length=10)
+        values = [rates(step) for step in range(10 * max_epochs + 1)]  # LambdaLR asks once more after the last step
+        assert values[::10][:-1] == pytest.approx([0.05] * max_epochs)
+        assert all(0 < value <= 1 for value in values)
 
     @pytest.mark.parametrize(("stage", "start", "last"), [(1, 0, 4), (2, 4, 10), (3, 10, 18)])
     def test_a_single_stage(self, three_stages: RWCNet, stage: int, start: int, last: int) -> None:

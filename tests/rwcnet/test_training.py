@@ -226,6 +226,21 @@ class TestSingleStages:
 
 
 @pytest.mark.usefixtures("shallow_encoders")
+class TestFewEpochs:
+    """The last stages get none; what there is can be used."""
+
+    @pytest.mark.parametrize("max_epochs", [1, 2])
+    def test_train_the_first_stages(self, training: Training, tmp_path: Path, max_epochs: int) -> None:
+        run = training(max_epochs=max_epochs)
+        rows = record(run)
+        run.run()
+        assert [row[:2] for row in rows] == [(n, n) for n in range(1, max_epochs + 1) for _ in range(2)]
+        written = {path.name for path in (tmp_path / "out").glob("stage_*.pt")}
+        assert written == {f"stage_{n}.pt" for n in range(1, max_epochs + 1)}
+        assert int(load(tmp_path / "out" / "last.pt")["network"]["trained_stages"]) == max_epochs
+
+
+@pytest.mark.usefixtures("shallow_encoders")
 class TestInitialWeights:
     def test_are_used(self, training: Training, tmp_path: Path) -> None:
         torch.manual_seed(7)
