@@ -169,7 +169,6 @@ class _Walk:
     @property
     def sweeps(self) -> list[tuple[int, list[tuple[int, int]]]]:
         """Offsets counted from 0: a w, and for it (d, h) of the first of each group.
-
         W outermost makes do with K copies; D outermost keeps only s planes in use.
         """
         steps = range(2 * self.radius + 1)

@@ -101,6 +101,14 @@ class TestSchedule:
         with pytest.raises(InputError, match=message):
             schedule(three_stages, **options)
 
+    def test_a_larger_window_cannot_start_from_a_smaller_one(self) -> None:
+        growing = small(radii=(1, 2, 2))
+        with pytest.raises(
+            InputError, match=r"^a stage of a larger window .* radii \[1, 2, 2\]: use --warm_start False$"
+        ):
+            schedule(growing)
+        assert schedule(growing, warm_start=False).ends
+
 
 class TestRates:
     LENGTH = 50

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ class StageSchedule:
             raise InputError(f"stage_shares must be {count} positive numbers, one for each stage, got {list(shares)}")
         if stage is not None and stage not in range(1, count + 1):
             raise InputError(f"there is no stage {stage}: the network has stages 1 to {count}")
+        if warm_start and any(finer > coarse for coarse, finer in pairwise(network.radii)):
+            raise InputError(
+                f"a stage of a larger window cannot start from the stage before, radii {list(network.radii)}: "
+                "use --warm_start False"
+            )
         if max_epochs < (stage or 1):
             raise InputError(f"max_epochs {max_epochs} leaves no epoch for stage {stage or 1}")
         self.network = network
