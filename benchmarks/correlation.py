@@ -2,7 +2,6 @@
 
 The naive loop multiplies by one shifted view after the other and stacks the results; the strided view
 (`Tensor.unfold` along three axes, then `einsum`) is what `F.unfold` is in 3D. All three give the same numbers.
-A last table sets the walk that our correlation chooses for a size against the plain walk, one view after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import common.layers.correlation as module
 from benchmarks._measure import argument_parser, describe_machine, interleave, peak_mib, print_table, ratio
 from common.layers.correlation import correlation_offsets, local_correlation
 
@@ -104,51 +102,6 @@ def compare(shape: Sequence[int], channels: int, radius: int, *, ways: Sequence[
     return {way: forward[way].cpu_seconds for way in ways}
 
 
-# Radius, channels, D H W: RWCNet's levels, then ReCorr's.
-WALKS = [
-    (3, 16, (10, 14, 10)),
-    (3, 16, (28, 28, 28)),
-    (3, 16, (44, 60, 52)),
-    (2, 16, (52, 52, 52)),
-    (2, 16, (84, 116, 100)),
-    (1, 32, (12, 12, 12)),
-    (1, 32, (48, 48, 48)),
-    (1, 32, (96, 96, 96)),
-]
-
-
-def compare_walks(*, repeats: int, plain: str = "plain", ours: str = "ours") -> None:
-    """Print one table: the chosen walk and the plain one, neither grouped nor copied, in turn; ratios of CPU time."""
-    settings = {plain: (0, 0), ours: (module._GROUP_BYTES, module._COPIED_ROW)}
-
-    def walking(name: str, call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            module._GROUP_BYTES, module._COPIED_ROW = settings[name]
-            try:
-                call()
-            finally:
-                module._GROUP_BYTES, module._COPIED_ROW = settings[ours]
-
-        return run
-
-    rows: list[list[object]] = []
-    for radius, channels, shape in WALKS:
-        walk = module._walks(torch.empty(1, channels, *shape), radius)[0]
-        row: list[object] = [
-            f"{radius}, {channels}, {'x'.join(map(str, shape))}",
-            "grouped" if walk.group > 1 else "copied" if walk.copied else "plain",
-        ]
-        for make in (forward_call, training_call):
-            call = make("slab loop (ours)", shape, channels, radius)
-            rounds = repeats * (10 if math.prod(shape) < 5e4 else 1)
-            seconds = interleave({name: walking(name, call) for name in settings}, repeats=rounds)
-            row += [1e3 * seconds[plain].cpu_seconds, 1e3 * seconds[ours].cpu_seconds]
-            row.append(f"{seconds[plain].cpu_seconds / seconds[ours].cpu_seconds:.2f}x")
-        rows.append(row)
-    columns = ["radius, channels, size", "walk", "forward, plain ms", "ours", "", "fwd + bwd, plain ms", "ours", ""]
-    print_table("walks over the offsets, CPU time", columns, rows)
-
-
 def print_limits(shape: Sequence[int], channels: int, radius: int, seconds: float) -> None:
     """What one core allows at best, measured now, and how near our forward pass of so many CPU seconds comes."""
     voxels, offsets = math.prod(shape), (2 * radius + 1) ** 3
@@ -178,16 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 16], help="one table for each")
     parser.add_argument("--radius", type=int, nargs="+", default=[1, 2], help="as many as --channels")
     parser.add_argument("--unfold_mib", type=float, default=512, help="largest C K^3 V for which the view is tried")
-    parser.add_argument("--walks_only", action="store_true", help="only the last table")
     options = parser.parse_args(argv)
     if len(options.channels) != len(options.radius):
         parser.error("--channels and --radius need as many values as each other")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(describe_machine())
-    if options.walks_only:
-        compare_walks(repeats=options.repeats)
-        return
     ours, naive, strided = WAYS
     for channels, radius in zip(options.channels, options.radius, strict=True):
         values = channels * (2 * radius + 1) ** 3
@@ -200,7 +149,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             small = [max(2 * radius + 1, int(factor * n) // 4 * 4) for n in options.shape]
             compare(small, channels, radius, ways=[ours, naive, strided], repeats=options.repeats)
         print_limits(options.shape, channels, radius, seconds[ours])
-    compare_walks(repeats=options.repeats)
 
 
 def _maps(shape: Sequence[int], channels: int) -> tuple[Tensor, Tensor]:
