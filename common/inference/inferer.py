@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.geometry.spaces import Grid
+from common.precision import bfloat16_region
 
 __all__ = ["PaddedInferer", "SequenceInferer", "choose_network_grid"]
 
@@ -51,11 +52,22 @@ class PaddedInferer(Inferer):
 
 
 class SequenceInferer(Inferer):
-    """Asks a network for all its intermediate fields, which training supervises."""
+    """Asks a network for all its intermediate fields, which training supervises.
+
+    Args:
+        sequence: ask for all, or else for the last one only.
+        bfloat16: compute in bfloat16, see `common.precision.bfloat16_region`.
+    """
+
+    def __init__(self, *, sequence: bool = True, bfloat16: bool = False) -> None:
+        super().__init__()
+        self.sequence = sequence
+        self.bfloat16 = bfloat16
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
         """(B, 2, D, H, W) -> list of ddf (B, 3, D, H, W), coarse to fine."""
-        return network.forward_sequence(inputs, *args, **kwargs)
+        with bfloat16_region(inputs, self.bfloat16):
+            return network.forward_sequence(inputs, *args, **kwargs) if self.sequence else [network(inputs)]
 
 
 def choose_network_grid(

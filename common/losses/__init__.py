@@ -4,7 +4,7 @@ from common.losses.landmarks import LandmarkLoss
 from common.losses.matching import MatchingLoss
 from common.losses.overlap import SoftDiceLoss
 from common.losses.sequence import EndpointErrorLoss, SequenceLoss
-from common.losses.similarity import LocalNCC, MINDSSCLoss, MSELoss, SSIMLoss, mind_ssc
+from common.losses.similarity import LocalNCC, MINDSSCLoss, MSELoss, SSIMLoss, WeightedSimilarity, mind_ssc
 from common.losses.smoothness import BendingEnergyLoss, GradientLoss, NegativeJacobianLoss
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "SSIMLoss",
     "SequenceLoss",
     "SoftDiceLoss",
+    "WeightedSimilarity",
     "mind_ssc",
 ]

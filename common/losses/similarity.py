@@ -6,13 +6,24 @@ compute in float32, also under autocast, and get smaller as the images agree bet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.losses._checks import box_mean, centre_crop, check_images, float32_region, masked_mean
 
-__all__ = ["LocalNCC", "MINDSSCLoss", "MSELoss", "SSIMLoss", "local_moments", "mind_ssc", "ssim_map"]
+__all__ = [
+    "LocalNCC",
+    "MINDSSCLoss",
+    "MSELoss",
+    "SSIMLoss",
+    "WeightedSimilarity",
+    "local_moments",
+    "mind_ssc",
+    "ssim_map",
+]
 
 # MIND-SSC: the six neighbours and the order of the channels are those of the published implementations
 # (ConvexAdam, RWCNet), so that descriptors can be compared with theirs channel by channel.
@@ -261,3 +272,27 @@ class MINDSSCLoss(nn.Module):
         with float32_region(fixed):
             difference = mind_ssc(fixed, self.radius, self.dilation) - mind_ssc(warped, self.radius, self.dilation)
             return masked_mean(difference**2, mask)
+
+
+class WeightedSimilarity(nn.Module):
+    """Weighted sum of similarity losses.
+
+    Args:
+        losses: each called as loss(fixed, warped).
+        weights: one for each.
+
+    Raises:
+        ValueError: when there are not as many weights as losses.
+    """
+
+    def __init__(self, losses: Sequence[nn.Module], weights: Sequence[float]) -> None:
+        super().__init__()
+        if not losses or len(losses) != len(weights):
+            raise ValueError(f"each loss has a weight, got {len(losses)} losses and {len(weights)} weights")
+        self.losses = nn.ModuleList(losses)
+        self.weights = tuple(weights)
+
+    def forward(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """(B, C, D, H, W) twice -> scalar."""
+        terms = [weight * loss(fixed, warped) for loss, weight in zip(self.losses, self.weights, strict=True)]
+        return torch.stack(terms).sum()

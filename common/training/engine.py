@@ -94,6 +94,8 @@ class TrainingRun:
         start_epoch: number of epochs that count as done, when not resuming.
         end_epoch: the last epoch, where a handler ends the training before the trainer's own last one: a resumed
             training that has got there stays as it is.
+        patience: epochs without a better key figure after which the training ends; None for no early end. (The state
+            of MONAI's `EarlyStopHandler` cannot be restored; this needs none beside the best epoch.)
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class TrainingRun:
         initial_weights: str | None = None,
         start_epoch: int = 0,
         end_epoch: int | None = None,
+        patience: int | None = None,
     ) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
@@ -121,9 +124,11 @@ class TrainingRun:
         self.initial_weights = initial_weights
         self.start_epoch = start_epoch
         self.end_epoch = end_epoch
-        # Both after the handlers of the config: an epoch is saved once it is validated.
+        self.patience = patience
+        # All after the handlers of the config: an epoch is saved once it is validated.
         evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._save_best)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save_last)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._stop_early)
         trainer.add_event_handler(Events.STARTED, self._restore_scaler)
         self._scaler_state: dict[str, Any] = {}
 
@@ -145,13 +150,25 @@ class TrainingRun:
                     length, max_epochs = len(self.trainer.data_loader), self.trainer.state.max_epochs
                     position = {"epoch": self.start_epoch, "epoch_length": length, "max_epochs": max_epochs}
                     self.trainer.load_state_dict(position)
-            if self.trainer.state.epoch < (self.end_epoch or self.trainer.state.max_epochs):
+            done = self.trainer.state.epoch >= (self.end_epoch or self.trainer.state.max_epochs)
+            if not done and not self._patience_is_over():
                 self.trainer.run()
         except Exception as error:
             cause = find_registration_error(error)
             if cause is None:
                 raise
             raise SystemExit(f"error: {cause}") from None
+
+    def _stop_early(self, engine: Any) -> None:
+        if self._patience_is_over():
+            engine.logger.info(f"no better epoch since {self.evaluator.state.best_metric_epoch}: the training ends")
+            engine.terminate()
+
+    def _patience_is_over(self) -> bool:
+        best_epoch = self.evaluator.state.best_metric_epoch
+        if self.patience is None or best_epoch < 1:  # not validated yet
+            return False
+        return bool(self.trainer.state.epoch - best_epoch >= self.patience)
 
     def _save_last(self, engine: Any) -> None:
         if idist.get_rank() > 0:  # on several GPUs all have the same

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from common.layers.warp import warp
-from common.losses import EndpointErrorLoss, GradientLoss, LandmarkLoss, SequenceLoss, SoftDiceLoss
+from common.losses import (
+    EndpointErrorLoss,
+    GradientLoss,
+    LandmarkLoss,
+    NegativeJacobianLoss,
+    SequenceLoss,
+    SoftDiceLoss,
+)
 
 __all__ = ["RegistrationObjective", "Supervision"]
 
@@ -18,10 +25,10 @@ Supervision = Literal["auto", "field", "similarity"]
 
 
 class RegistrationObjective(nn.Module):
-    """Weighted sum of the field's, image's, labels' and landmarks' error and of the field's roughness.
+    """Weighted sum of the field's, image's, labels' and landmarks' error and of the field's roughness and folding.
 
     Applied to every estimate of a network that makes a sequence of them, later ones weighing more: ReCorr's
-    gamma-weighted loss.
+    gamma-weighted loss. Only folding counts in the last one alone.
 
     Args:
         supervision: "field": distance to the exact field of generated pairs; "similarity": of the warped to the fixed
@@ -30,6 +37,7 @@ class RegistrationObjective(nn.Module):
         similarity_weight: its weight, and that of the distance to the exact field.
         smoothness: field loss, called as smoothness(ddf).
         smoothness_weight: its weight.
+        folding_weight: weight of the negative Jacobian determinants of the last estimate; 0 leaves them out.
         labels: label values for the soft Dice loss, which needs labelled pairs.
         label_weight: weight of the soft Dice loss; 0 leaves it out.
         landmark_weight: weight of the landmarks' TRE in mm; 0 leaves it out.
@@ -46,6 +54,7 @@ class RegistrationObjective(nn.Module):
         supervision: Supervision = "auto",
         similarity_weight: float = 1.0,
         smoothness_weight: float = 1.0,
+        folding_weight: float = 0.0,
         labels: Sequence[int] = (),
         label_weight: float = 0.0,
         landmark_weight: float = 0.0,
@@ -59,6 +68,8 @@ class RegistrationObjective(nn.Module):
         self.similarity_weight = similarity_weight
         self.smoothness = smoothness or GradientLoss(penalty="l2")
         self.smoothness_weight = smoothness_weight
+        self.folding = NegativeJacobianLoss()
+        self.folding_weight = folding_weight
         self.field_error = EndpointErrorLoss()
         self.soft_dice = SoftDiceLoss(labels) if label_weight else None
         self.label_weight = label_weight
@@ -84,7 +95,11 @@ class RegistrationObjective(nn.Module):
         Raises:
             InputError: when the pair lacks what a term needs.
         """
-        return self.sequence(estimates, pair)
+        loss: Tensor = self.sequence(estimates, pair)
+        if self.folding_weight:
+            last = estimates if isinstance(estimates, Tensor) else estimates[-1]
+            loss = loss + self.folding_weight * self.folding(last)
+        return loss
 
     def estimate_loss(self, ddf: Tensor, pair: Mapping[str, Any]) -> Tensor:
         """The same for a single estimate."""

@@ -24,8 +24,11 @@ from common.layers.correlation import LocalCorrelation
 from common.layers.motion import FlowHead, MotionEncoder
 from common.layers.recurrent import SepConvGRU
 from common.layers.warp import warp
+from common.precision import float32_below
 
 __all__ = ["FeatureEncoder", "FinalFlow", "ReCorr", "UpdateBlock"]
+
+_LARGEST_KERNEL = 7  # of the motion encoder
 
 
 class FeatureEncoder(nn.Module):
@@ -187,17 +190,19 @@ class ReCorr(nn.Module):
         for level, (update, steps) in enumerate(zip(self.update_blocks, self.iterations, strict=True)):
             scale = self.stride >> level  # 16, 8, 4, 2
             fixed, moving = pyramid[4 - level]  # each (B, 32, D/scale, H/scale, W/scale)
-            hidden, texture = torch.chunk(fixed, 2, dim=1)  # the hidden state starts anew at each level
-            hidden, texture = torch.tanh(hidden), torch.relu(texture)
-            for _ in range(steps):
-                ddf = ddf.detach()  # each step answers for its own update only
-                correlation = self.correlation(fixed, warp(moving, ddf, padding_mode="border"))
-                hidden, step = update(hidden, texture, correlation, ddf)
-                ddf = ddf + step.float()  # adding, where composing would be exact; as published
-                if self.diffeomorphic:
-                    ddf = exponentiate(ddf)
-                if keep_sequence:
-                    sequence.append(_upsample(ddf, scale))
+            precision, (fixed, moving) = float32_below(_LARGEST_KERNEL, fixed, moving)
+            with precision:
+                hidden, texture = torch.chunk(fixed, 2, dim=1)  # the hidden state starts anew at each level
+                hidden, texture = torch.tanh(hidden), torch.relu(texture)
+                for _ in range(steps):
+                    ddf = ddf.detach()  # each step answers for its own update only
+                    correlation = self.correlation(fixed, warp(moving, ddf, padding_mode="border"))
+                    hidden, step = update(hidden, texture, correlation, ddf)
+                    ddf = ddf + step.float()  # adding, where composing would be exact; as published
+                    if self.diffeomorphic:
+                        ddf = exponentiate(ddf)
+                    if keep_sequence:
+                        sequence.append(_upsample(ddf, scale))
             ddf = _upsample(ddf, 2)
         full_fixed, full_moving = pyramid[0]  # (B, 16, D, H, W)
         sequence.append(self.final_flow(full_fixed, full_moving, ddf))

@@ -28,7 +28,8 @@ class FeatureEncoder(nn.Module):
     """MONAI's SegResNet; features at the resolution of the input. 1,176,312 parameters from 1 to 16 channels.
 
     Three strided convolutions need multiples of 8. Other sizes are filled up by repeating the last voxels and cropped
-    again, so that only these convolutions, a small part of the work, see more than the image.
+    again, so that only these convolutions, a small part of the work, see more than the image. Always in float32, as
+    its deepest level may be smaller than its kernels, see `common.precision.float32_below`.
 
     Args:
         in_channels: channels of the input.
@@ -44,7 +45,9 @@ class FeatureEncoder(nn.Module):
         """(B, in, D, H, W) -> (B, out, D, H, W)."""
         d, h, w = image.shape[2:]
         padding = (0, -w % 8, 0, -h % 8, 0, -d % 8)
-        features = self.network(F.pad(image, padding, mode="replicate") if any(padding) else image)
+        with torch.autocast(device_type=image.device.type, enabled=False):
+            image = image.float()
+            features = self.network(F.pad(image, padding, mode="replicate") if any(padding) else image)
         return features[:, :, :d, :h, :w]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from common.io import atomic_path
 from common.layers.patches import Box, PatchGrid
 from common.layers.warp import warp
 from common.losses import MatchingLoss
+from common.precision import bfloat16_region
 from common.training import RegistrationObjective, prepare_training_batch
 from common.transforms import SwapPaird
 from rwcnet_net.cache import PriorCache
@@ -174,6 +176,7 @@ class StageBatch:
         swap: probability that fixed and moving scan change places, in the first stage (where the exact field of a
             generated pair is not at hand, which belongs to one direction only).
         cache: of the stages before.
+        bfloat16: of the stages before, see `common.inference.SequenceInferer`.
     """
 
     def __init__(
@@ -184,12 +187,14 @@ class StageBatch:
         spacing: float | Sequence[float] | None = None,
         swap: float = 0.5,
         cache: PriorCache | None = None,
+        bfloat16: bool = False,
     ) -> None:
         self.network = network
         self.labels = list(labels)
         self.spacing = [1.0 if spacing is None else spacing] * 3 if not isinstance(spacing, Sequence) else list(spacing)
         self.swap = swap
         self.cache = cache
+        self.bfloat16 = bfloat16
 
     def __call__(
         self, batch: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
@@ -220,10 +225,15 @@ class StageBatch:
         if stage == 0:
             return None
         if self.cache is None:
-            return self.network.estimate(image, stage)
+            return self._estimate(image, stage)
         if image.shape[0] != 1:
             raise InputError(f"the cache takes one pair at a time, got a batch of {image.shape[0]}: use --batch_size 1")
-        return self.cache.get(int(pair["pair_index"]), image, lambda: self.network.estimate(image, stage))
+        return self.cache.get(int(pair["pair_index"]), image, lambda: self._estimate(image, stage))
+
+    def _estimate(self, image: Tensor, stage: int) -> StageState:
+        with bfloat16_region(image, self.bfloat16):  # without gradients, small volumes are harmless
+            state = self.network.estimate(image, stage)
+        return StageState(ddf=state.ddf, hidden=state.hidden.float())
 
     def _target(self, stage: int, pair: Mapping[str, Any], box: Box) -> dict[str, Any]:
         """What belongs to the fixed image in the box; what belongs to the moving one as a whole."""
@@ -284,18 +294,21 @@ class StageInferer(Inferer):
 
     Args:
         sequence: return the field after every recurrent step, or after the last one only, as published.
+        bfloat16: see `common.inference.SequenceInferer`.
     """
 
-    def __init__(self, *, sequence: bool = True) -> None:
+    def __init__(self, *, sequence: bool = True, bfloat16: bool = False) -> None:
         super().__init__()
         self.sequence = sequence
+        self.bfloat16 = bfloat16
 
     def __call__(self, inputs: StagePatch, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
         """The whole field, prior and stage composed, from the patch's voxels into the stage's moving image.
 
         Displacements are counted from the patch's first voxel, so they include where the patch lies: (B, 3, d, h, w).
         """
-        fields, _ = network.refine(inputs)
+        with _bfloat16_region(inputs.fixed, self.bfloat16):
+            fields, _ = network.refine(inputs)
         origin = _origin(inputs.box, fields[0])
         totals = []
         for field in fields if self.sequence else fields[-1:]:
@@ -304,6 +317,11 @@ class StageInferer(Inferer):
                 placed = placed + warp(inputs.prior, placed, padding_mode="border")
             totals.append(placed)
         return totals
+
+
+def _bfloat16_region(patch: Tensor, enabled: bool) -> AbstractContextManager[Any]:
+    """Not where the motion encoder's kernels are longer than the patch, see `common.precision.float32_below`."""
+    return bfloat16_region(patch, enabled and min(patch.shape[2:]) >= 7)
 
 
 def _origin(box: Box, like: Tensor) -> Tensor:
