@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import normpath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from common.data._rows import (
     stem,
     with_ids,
 )
+from common.data.dirlab import is_dirlab, is_dirlab_landmarks, read_dirlab, read_dirlab_landmarks
+from common.data.ixi import IXI_STRUCTURES, is_ixi, read_ixi
 from common.errors import InputError
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "read_learn2reg",
     "read_learn2reg_pairs",
     "read_pairs",
+    "select_items",
     "split_items",
 ]
 
@@ -168,7 +171,8 @@ def read_datalist(path: PathLike) -> list[Item]:
     """Data to train on, whichever of the known layouts it is in.
 
     Args:
-        path: a Decathlon or Learn2Reg folder or its json file; or a CSV or JSON list of scans (image, label,
+        path: a Decathlon or Learn2Reg folder or its json file; the folder of DIR-Lab's 4DCT cases (`read_dirlab`); that
+            of IXI's pickles (`read_ixi`), or its Train, Val or Test; or a CSV or JSON list of scans (image, label,
             keypoints, mask, group, id) or of pairs (fixed, moving, fixed_label, fixed_keypoints, fixed_mask, ..., id).
 
     Returns:
@@ -177,6 +181,9 @@ def read_datalist(path: PathLike) -> list[Item]:
     Raises:
         InputError: naming the file, the row and the problem.
     """
+    layout = _folder_layout(Path(path))
+    if layout is not None:
+        return read_dirlab(path) if layout == "dirlab" else read_ixi(path, _ixi_section(Path(path), "training"))
     path = _list_file(Path(path))
     if path.suffix.lower() == ".json":
         content = load_json(path)
@@ -200,11 +207,14 @@ def read_dataset(path: PathLike) -> tuple[list[Item], list[Item]]:
 
     Returns:
         scans or pairs to train on, and scans or pairs to validate on: "registration_val" of a Learn2Reg data set,
-        "validation" of a Decathlon `dataset.json` that has one, nothing otherwise.
+        "validation" of a Decathlon `dataset.json` that has one, IXI's Val, nothing otherwise.
 
     Raises:
         InputError: naming the file, the row and the problem.
     """
+    if _folder_layout(Path(path)) is not None:
+        official = _ixi_section(Path(path), "validation")
+        return read_datalist(path), (read_ixi(path, official) if official else [])
     path = _list_file(Path(path))
     content = load_json(path) if path.suffix.lower() == ".json" else None
     if not isinstance(content, dict):
@@ -227,14 +237,16 @@ class EvaluationRules:
             data set announces none.
         masked: whether SDlogJ is taken inside the fixed scan's mask, where there is one. Learn2Reg's own configs do so
             for its tasks of one patient each (NLST, AbdomenMRCT), not for OASIS and AbdomenCTCT ("unpaired").
+        structures: names and labels, left and right, of the structures that are told apart in a table; IXI's.
     """
 
     shapes: tuple[tuple[int, ...], ...] = ()
     masked: bool = True
+    structures: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def read_evaluation_rules(path: PathLike) -> EvaluationRules:
-    """The rules that the description of a Learn2Reg data set holds; the defaults for any other.
+    """The rules that the description of a Learn2Reg data set holds, and IXI's; the defaults for any other.
 
     Args:
         path: see `read_datalist`.
@@ -242,6 +254,9 @@ def read_evaluation_rules(path: PathLike) -> EvaluationRules:
     Raises:
         InputError: when the file is missing or broken.
     """
+    layout = _folder_layout(Path(path))
+    if layout is not None:
+        return EvaluationRules(structures=tuple(IXI_STRUCTURES.items()) if layout == "ixi" else ())
     path = _list_file(Path(path))
     content = load_json(path) if path.suffix.lower() == ".json" else None
     if not isinstance(content, dict) or not _is_learn2reg(content):
@@ -278,11 +293,56 @@ def split_items(items: Sequence[Item], validation: int | float) -> tuple[list[It
     return train, [item for item, held_out in zip(items, chosen, strict=True) if held_out]
 
 
-def read_keypoints(path: PathLike) -> np.ndarray:
-    """Key points of a Learn2Reg CSV file.
+def select_items(items: Sequence[Item], names: str | Sequence[str]) -> tuple[list[Item], list[Item]]:
+    """Set the named items aside for validation, as for leaving one out.
 
     Args:
-        path: three comma-separated numbers a row and no header, voxel coordinates along the array axes, from 0.
+        items: scans or pairs.
+        names: one or several (a list, or one text with commas), each the "id", the "group" or the file name without
+            extension of a scan; small and capital letters and spaces make no difference. All scans of a patient
+            ("group") go along. "all" sets every item aside and trains on all of them, too: it is for evaluating weights
+            that were trained on something else.
+
+    Returns:
+        the training items and the validation items, both in the order of `items`.
+
+    Raises:
+        InputError: when a name is none of an item's, or nothing would be left to train on.
+    """
+    listed = names.split(",") if isinstance(names, str) else [str(name) for name in names]
+    wanted = {_plain(name): name.strip() for name in listed if name.strip()}
+    if list(wanted) == ["all"]:
+        return list(items), list(items)
+    known = [_names(item) for item in items]
+    for plain, name in wanted.items():
+        if not any(plain in found for found in known):
+            there = ", ".join(item.get("id") or stem(Path(item.get("image", ""))) for item in items[:12])
+            more = ", ..." if len(items) > 12 else ""
+            raise InputError(f"'{name}' is to be set aside for validation, and is none of {there}{more}")
+    named = [not found.isdisjoint(wanted) for found in known]
+    groups = {item["group"] for item, is_named in zip(items, named, strict=True) if is_named and "group" in item}
+    chosen = [is_named or item.get("group") in groups for item, is_named in zip(items, named, strict=True)]
+    train = [item for item, held_out in zip(items, chosen, strict=True) if not held_out]
+    if not train or not wanted:
+        raise InputError(f"cannot set {len(items) - len(train)} of {len(items)} items aside and train on the rest")
+    return train, [item for item, held_out in zip(items, chosen, strict=True) if held_out]
+
+
+def _names(item: Item) -> set[str]:
+    names = [item[key] for key in ("id", "group") if key in item]
+    return {_plain(name) for name in (*names, stem(Path(item.get("image", ""))))}
+
+
+def _plain(name: str) -> str:
+    return "".join(name.split()).casefold()
+
+
+def read_keypoints(path: PathLike) -> np.ndarray:
+    """Key points of a Learn2Reg CSV file, or landmarks of DIR-Lab.
+
+    Args:
+        path: three comma-separated numbers a row and no header, voxel coordinates along the array axes, from 0; a file
+            that is named as DIR-Lab's are is read by `read_dirlab_landmarks`.
 
     Returns:
         (N, 3) float64, voxels.
@@ -290,6 +350,8 @@ def read_keypoints(path: PathLike) -> np.ndarray:
     Raises:
         InputError: when the file is missing or empty, or when a row is not three finite numbers.
     """
+    if is_dirlab_landmarks(path):
+        return read_dirlab_landmarks(path)
     points = []
     for number, line in enumerate(read_text(Path(path)).splitlines(), start=1):
         if not line.strip():
@@ -310,6 +372,20 @@ def read_keypoints(path: PathLike) -> np.ndarray:
 
 
 # Parts of the layouts
+
+
+def _folder_layout(path: Path) -> Literal["dirlab", "ixi"] | None:
+    """The layout of a folder that has no list of its own."""
+    if not path.is_dir() or (path / "dataset.json").is_file() or any(path.glob("*_dataset.json")):
+        return None
+    if is_ixi(path):
+        return "ixi"
+    return "dirlab" if is_dirlab(path) else None
+
+
+def _ixi_section(path: Path, section: str) -> str | None:
+    """The section to ask IXI_data for; None where the folder is a section itself."""
+    return section if (path / "atlas.pkl").is_file() else None
 
 
 def _list_file(path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from common.data.pairs import PairDataset, Pairing
-from common.data.readers import EvaluationRules, Item, read_dataset, read_evaluation_rules, split_items
+from common.data.readers import EvaluationRules, Item, read_dataset, read_evaluation_rules, select_items, split_items
 from common.data.synthetic import SyntheticPairs
 from common.errors import InputError
 
@@ -23,16 +23,21 @@ class TrainingScans:
     Args:
         dataset_dir: folder of a data set, see `read_dataset`; None for generated pairs.
         datalist: a list inside that folder, when the folder does not say it all itself.
-        validation: number or fraction of the scans to validate on, the last ones of the training list. None for those
-            that the data set itself names (Learn2Reg's official pairs), and a fifth where it names none.
+        validation: number or fraction of the scans to validate on, the last ones of the training list; or the names of
+            those to validate on, see `select_items` ("case8", "case1,case2", "all"). None for those that the data set
+            itself names (Learn2Reg's official pairs), and a fifth where it names none.
     """
 
     def __init__(
-        self, *, dataset_dir: str | None, datalist: str | None = None, validation: int | float | None = None
+        self,
+        *,
+        dataset_dir: str | None,
+        datalist: str | None = None,
+        validation: int | float | str | Sequence[str] | None = None,
     ) -> None:
         self.dataset_dir = dataset_dir or ""
         self.path = os.path.join(self.dataset_dir, datalist or "")
-        self.fraction = validation
+        self.held_out = validation
 
     @cached_property
     def _split(self) -> tuple[list[Item], list[Item]]:
@@ -41,9 +46,11 @@ class TrainingScans:
         if self.dataset_dir and not os.path.exists(self.dataset_dir):  # before a list inside it is looked for
             raise InputError(f"the data folder '{self.dataset_dir}' does not exist")
         training, official = read_dataset(self.path)
-        if self.fraction is None and official:
-            return training, official
-        return split_items(training, 0.2 if self.fraction is None else self.fraction)
+        if self.held_out is None:
+            return (training, official) if official else split_items(training, 0.2)
+        if isinstance(self.held_out, int | float):
+            return split_items(training, self.held_out)
+        return select_items(training, self.held_out)
 
     @property
     def training(self) -> list[Item]:

@@ -11,11 +11,13 @@ from common.metrics.overlap import (
     surface_distance_percentile,
 )
 from common.metrics.similarity import mse, ncc, nmi, ssim
+from common.metrics.structures import dice_per_structure, warp_labels
 
 __all__ = [
     "dice_macro",
     "dice_micro",
     "dice_per_label",
+    "dice_per_structure",
     "folding_percent",
     "hd95",
     "hd95_per_label",
@@ -28,4 +30,5 @@ __all__ = [
     "ssim",
     "surface_distance_percentile",
     "tre_mm",
+    "warp_labels",
 ]

@@ -26,7 +26,7 @@ from common.inference.weights import load_weights
 from common.io import StagedOutput, atomic_path, check_output_dir, write_learn2reg
 from common.memory import keep_freed_pages
 from common.training.comparison import compare_figures, read_figures
-from common.training.learn2reg import MeasuredPair, submission_name
+from common.training.learn2reg import MeasuredPair, Structures, structure_figures, submission_name
 from common.training.validation import ValidationFigure
 
 __all__ = ["EvaluationRun", "available_figures"]
@@ -34,18 +34,23 @@ __all__ = ["EvaluationRun", "available_figures"]
 TABLE = "evaluation.csv"
 SUBMISSION = "submission"
 GRIDS = "grids"  # key of the `PairGrids` of a pair that is measured on its scans' own arrays
+_LANDMARK_FIGURES = ("tre_std_mm", "tre_snapped_mm")
 _ZERO = "zero_displacement"  # suffix of the columns of the field that moves nothing
 
 
-def available_figures(pair: Mapping[str, Any]) -> list[str]:
+def available_figures(pair: Mapping[str, Any], structures: Structures = ()) -> list[str]:
     """The figures that what a pair carries allows for."""
     names = []
     if "ddf" in pair and "mask" in pair:
         names.append("endpoint_error")
     if "fixed_label" in pair and "moving_label" in pair:
         names += ["dice", "dice_micro", "hd95"] if GRIDS in pair else ["dice", "hd95"]
+        names += structure_figures(structures) if GRIDS in pair else []
     if "fixed_keypoints" in pair and "moving_keypoints" in pair:
         names.append("tre_mm")
+        points = [pair[f"{role}_keypoints"] for role in ("fixed", "moving")]
+        if GRIDS in pair and all(bool((array == array.round()).all()) for array in points):
+            names += _LANDMARK_FIGURES  # landmarks that somebody has set in voxels, as DIR-Lab's
     return [*names, "ncc", "folding_percent", "sdlogj"]
 
 
@@ -127,9 +132,9 @@ class EvaluationRun:
         try:
             check_output_dir(self.table.parent)
             self._pairs = self._identify()
-            self._check_options()
             if self.scans is not None:
                 self.rules = self.scans.rules
+            self._check_options()
             others = self._read_others()
             load_weights(self.network, self.weights)
             self.rows = []
@@ -166,6 +171,8 @@ class EvaluationRun:
 
     def _check_options(self) -> None:
         for name in self.figures or ():
+            if name in (*_LANDMARK_FIGURES, *structure_figures(self.rules.structures)):
+                continue  # of the scans' own arrays alone
             try:
                 ValidationFigure(name)
             except ValueError as error:
@@ -253,17 +260,19 @@ class EvaluationRun:
         measured = {}
         if grids is not None:
             for suffix, field in fields.items():
-                measured[suffix] = MeasuredPair(pair, field, grids=grids, masked=self.rules.masked)
+                measured[suffix] = MeasuredPair(
+                    pair, field, grids=grids, masked=self.rules.masked, structures=self.rules.structures
+                )
             self._submit(measured[""], index)
         elif self.submission:
             raise InputError("a submission needs pairs with 'grids', as evaluate.json makes them")
         values: dict[str, float] = {}
-        for name in available_figures(pair) if self.figures is None else self.figures:
-            on_grid = ValidationFigure(name, spacing=self.spacing)
+        for name in available_figures(pair, self.rules.structures) if self.figures is None else self.figures:
             for suffix, field in fields.items():
                 if suffix in measured and name in measured[suffix].figures():
                     values[name + suffix] = measured[suffix].figure(name)
                 else:
+                    on_grid = ValidationFigure(name, spacing=self.spacing)
                     values[name + suffix] = float(on_grid({"pred": field, "label": pair}))
         return values
 
@@ -296,18 +305,30 @@ class EvaluationRun:
 
     def summary(self) -> str:
         """Means and standard deviations as a table."""
+        names = self._measured_names
+        width = max(18, *(len(name) + 1 for name in names))
         lines = [
             f"{len(self.rows)} pairs, mean +- standard deviation",
-            f"{'':18s}{'network':>20s}{'no displacement':>20s}",
+            f"{'':{width}s}{'network':>20s}{'no displacement':>20s}",
+            *(f"{name:{width}s}{self._cells([name])}" for name in names),
         ]
-        for name in self._measured_names:
-            cells = [_mean_std(row[key] for row in self.rows if key in row) for key in (name, f"{name}_{_ZERO}")]
-            lines.append(f"{name:18s}{cells[0]:>20s}{cells[1]:>20s}")
-        lines.append(f"{'seconds':18s}{_mean_std(row['seconds'] for row in self.rows):>20s}")
+        each = [name for name in structure_figures(self.rules.structures)[2:] if name in names]
+        if each:
+            # The deviation that tables of IXI print: mostly that between structures.
+            lines.append(f"{f'{len(each)} structures':{width}s}{self._cells(each)}")
+        lines.append(f"{'seconds':{width}s}{_mean_std(row['seconds'] for row in self.rows):>20s}")
         lines.append(f"each pair in {self.table}")
         if self.submission:
             lines.append(f"{len(self._names)} fields in {self.table.parent / SUBMISSION}")
         return "\n".join(lines)
+
+    def _cells(self, names: Sequence[str]) -> str:
+        """Mean and standard deviation over all pairs of one figure, or of several alike."""
+        cells = []
+        for suffix in ("", f"_{_ZERO}"):
+            keys = [name + suffix for name in names]
+            cells.append(_mean_std(row[key] for row in self.rows for key in keys if key in row))
+        return f"{cells[0]:>20s}{cells[1]:>20s}"
 
     def comparison(self, others: Mapping[str, Mapping[str, float]]) -> str:
         """This run's figures against another's, see `compare_figures`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import PurePath
 from typing import Any
 
@@ -14,10 +15,22 @@ from scipy import ndimage
 from torch import Tensor
 
 from common.geometry.spaces import PairGrids
-from common.metrics import dice_macro, dice_micro, folding_percent, hd95, sdlogj, tre_mm
+from common.metrics import (
+    dice_macro,
+    dice_micro,
+    dice_per_label,
+    dice_per_structure,
+    folding_percent,
+    hd95,
+    sdlogj,
+    tre_mm,
+    warp_labels,
+)
 from common.training.objective import _needed
 
-__all__ = ["MeasuredPair", "submission_name"]
+__all__ = ["MeasuredPair", "structure_figures", "submission_name"]
+
+Structures = Sequence[tuple[str, Sequence[int]]]
 
 _OFFICIAL_NAME = re.compile(r"_([0-9]{4})_([0-9]{4})\.nii\.gz$")  # TASK_CASE_MODALITY.nii.gz
 
@@ -28,8 +41,12 @@ class MeasuredPair:
     - dice, dice_micro, hd95 (voxels): the moving label map, nearest neighbour at p + displacement(p), 0 outside. Dice
       and HD95 are means over the labels that both scans have.
     - tre_mm: mean over the key points; the displacement between voxels by cubic spline, the moving scan's spacing.
+      tre_std_mm: their standard deviation in this pair (n - 1), which tables of DIR-Lab print in brackets.
+      tre_snapped_mm: the mean with each carried point rounded to the nearest voxel, as parts of that literature do.
     - sdlogj: with Learn2Reg's +3, inside the fixed mask if `masked`. folding_percent: of the whole volume.
       Both without what separates the two arrays, see `PairGrids.deformation`.
+    - with `structures`, all after `warp_labels`: dice_NAME of each, the mean of its left and right label; dice_17, the
+      mean over them, if they are 17; dice_30, the mean over their labels, if these are 30.
 
     Args:
         pair: a batch of one, with what the figures need: "fixed_label", "moving_label" (1, 1, D, H, W), "fixed_mask",
@@ -37,22 +54,40 @@ class MeasuredPair:
         ddf: (1, 3, D, H, W), voxels of the network's grid.
         grids: the pair's.
         masked: take SDlogJ inside the fixed mask where there is one.
+        structures: see `EvaluationRules`.
     """
 
-    def __init__(self, pair: Mapping[str, Any], ddf: Tensor, *, grids: PairGrids, masked: bool = True) -> None:
+    def __init__(
+        self,
+        pair: Mapping[str, Any],
+        ddf: Tensor,
+        *,
+        grids: PairGrids,
+        masked: bool = True,
+        structures: Structures = (),
+    ) -> None:
         self.pair = pair
         self.grids = grids
         self.masked = masked
         self.displacement = grids.displacement(ddf[0])
         """(3, D, H, W) float32 on the fixed array, voxels of the moving array: what a submission holds."""
-        self._figures = {
+        self.structures = dict(structures)
+        self._figures: dict[str, Callable[[], float]] = {
             "dice": lambda: dice_macro(*self._labels, moving=self._moving_label),
             "dice_micro": lambda: dice_micro(*self._labels),
             "hd95": lambda: hd95(*self._labels, moving=self._moving_label),
-            "tre_mm": self._tre,
+            "tre_mm": lambda: float(np.mean(self._tre())),
+            "tre_std_mm": lambda: float(np.std(self._tre(), ddof=1)),
+            "tre_snapped_mm": lambda: float(np.mean(self._tre(snapped=True))),
             "folding_percent": lambda: folding_percent(self._deformation),
             "sdlogj": lambda: sdlogj(self._deformation, self._mask),
         }
+        if self.structures:
+            overall, of_labels, *each = structure_figures(structures)
+            self._figures[overall] = lambda: _mean(self._structure_dice.values())
+            self._figures[of_labels] = lambda: _mean(self._structure_label_dice.values())
+            for figure, name in zip(each, self.structures, strict=True):
+                self._figures[figure] = partial(self._dice_of, name)
 
     def figures(self) -> list[str]:
         """Names of the figures, whether the pair has what they need or not."""
@@ -85,10 +120,36 @@ class MeasuredPair:
         at = np.indices(self.grids.fixed.shape) + self.displacement.astype(np.float64)
         return fixed, ndimage.map_coordinates(self._moving_label, at, order=0)
 
-    def _tre(self) -> float:
+    @cached_property
+    def _smooth_labels(self) -> np.ndarray:
+        return warp_labels(self._moving_label, self.displacement)
+
+    @cached_property
+    def _structure_dice(self) -> dict[str, float]:
+        fixed = _volume(_needed(self.pair, "fixed_label", "labels"))
+        return dice_per_structure(fixed, self._smooth_labels, self.structures, moving=self._moving_label)
+
+    def _dice_of(self, structure: str) -> float:
+        return self._structure_dice[structure]
+
+    @cached_property
+    def _structure_label_dice(self) -> dict[int, float]:
+        fixed = _volume(_needed(self.pair, "fixed_label", "labels"))
+        labels = [label for group in self.structures.values() for label in group]
+        return dice_per_label(fixed, self._smooth_labels, labels, moving=self._moving_label)
+
+    def _tre(self, snapped: bool = False) -> list[float]:
         keys = ("fixed_keypoints", "moving_keypoints")
         fixed, moving = (_needed(self.pair, key, "key points")[0].cpu() for key in keys)
-        return float(np.mean(tre_mm(fixed, moving, self.displacement, self.grids.moving.spacing, order=3)))
+        return tre_mm(fixed, moving, self.displacement, self.grids.moving.spacing, snapped, order=3)
+
+
+def structure_figures(structures: Structures) -> list[str]:
+    """Names of the figures of the structures: of their mean, of that over their labels, and of each."""
+    if not structures:
+        return []
+    count = sum(len(labels) for _, labels in structures)
+    return [f"dice_{len(structures)}", f"dice_{count}", *(f"dice_{name}" for name, _ in structures)]
 
 
 def submission_name(fixed: str, moving: str, pair_id: str) -> str:
@@ -112,3 +173,9 @@ def submission_name(fixed: str, moving: str, pair_id: str) -> str:
 def _volume(batch: Tensor) -> np.ndarray:
     """(D, H, W) of (1, 1, D, H, W)."""
     return torch.as_tensor(batch).cpu().numpy()[0, 0]
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Of those that are there; NaN without any."""
+    present = [value for value in values if not math.isnan(value)]
+    return float(np.mean(present)) if present else math.nan

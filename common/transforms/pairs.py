@@ -70,10 +70,10 @@ def _beside(key: str, value: Any, fixed: Any) -> Any:
 
 
 class LoadKeypointsd(MapTransform):
-    """Read key points (Learn2Reg CSV) as float32 tensors (N, 3), voxels.
+    """Read key points (`read_keypoints`: Learn2Reg's CSV files, DIR-Lab's landmarks) as float32 tensors (N, 3), voxels.
 
     Args:
-        keys: paths of CSV files.
+        keys: paths of the files.
         allow_missing_keys: pass over keys that are not in the dict.
 
     Raises:
