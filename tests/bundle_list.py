@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = sorted(path.parent.parent for path in ROOT.glob("bundles/*/configs/metadata.json"))
 
 _TINY_NETWORKS: dict[str, dict[str, Any]] = {
+    "adregnet": {},
     "recorr": {"network_def#iterations": [1, 1, 1, 1]},
     "rwcnet": {"network_def#steps": [1, 1, 1]},
 }

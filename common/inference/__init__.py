@@ -14,6 +14,7 @@ from common.inference.steps import (
     SampleNetworkGridd,
     WriteRegistrationd,
 )
+from common.inference.uncertainty import TakeUncertaintyd, mirrored_spread
 from common.inference.weights import file_sha256, load_weights
 
 __all__ = [
@@ -28,12 +29,14 @@ __all__ = [
     "RequestedPairs",
     "SampleNetworkGridd",
     "SequenceInferer",
+    "TakeUncertaintyd",
     "WriteRegistrationd",
     "align_affine",
     "choose_network_grid",
     "file_sha256",
     "load_pair",
     "load_weights",
+    "mirrored_spread",
     "optimize_instance",
     "prepare_pair_batch",
     "write_registration",

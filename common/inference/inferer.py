@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.geometry.spaces import Grid
+from common.inference.uncertainty import mirrored_spread
 from common.precision import bfloat16_region
 
 __all__ = ["PaddedInferer", "SequenceInferer", "choose_network_grid"]
@@ -27,17 +27,20 @@ class PaddedInferer(Inferer):
     Args:
         multiple: sizes become multiples of this.
         minimum: smallest size along any axis.
-        amp: run the network in float16 on a GPU. On a CPU half precision is slower and never used.
+        amp: run the network in float16 on a GPU, never on a CPU.
+        uncertainty: also estimate the spread of each of the network's fields, see `mirrored_spread`; four times the
+            work.
     """
 
-    def __init__(self, *, multiple: int, minimum: int = 32, amp: bool = False) -> None:
+    def __init__(self, *, multiple: int, minimum: int = 32, amp: bool = False, uncertainty: bool = False) -> None:
         super().__init__()
         self.multiple = multiple
         self.minimum = minimum
         self.amp = amp
+        self.uncertainty = uncertainty
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """(B, 2, D, H, W) of any size -> ddf (B, 3, D, H, W)."""
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, 2, D, H, W) of any size -> ddf (B, 3, D, H, W), then the spreads (B, L, D, H, W) where asked for."""
         padding: list[int] = []
         for size in reversed(inputs.shape[2:]):
             target = max(math.ceil(size / self.multiple) * self.multiple, self.minimum)
@@ -45,10 +48,13 @@ class PaddedInferer(Inferer):
             padding += [before, target - size - before]
         padded = F.pad(inputs, padding, mode="replicate") if any(padding) else inputs
         with torch.autocast(device_type="cuda", enabled=self.amp and inputs.device.type == "cuda"):
-            ddf = network(padded, *args, **kwargs)
+            if self.uncertainty:
+                field = torch.cat(mirrored_spread(network.forward_sequence, padded), dim=1)
+            else:
+                field = network(padded, *args, **kwargs)
         start = padding[4], padding[2], padding[0]
         d, h, w = (slice(s, s + n) for s, n in zip(start, inputs.shape[2:], strict=True))
-        return ddf[:, :, d, h, w].float()
+        return field[:, :, d, h, w].float()
 
 
 class SequenceInferer(Inferer):

@@ -45,6 +45,9 @@ def registration_metrics(registration: Registration) -> dict[str, Any]:
         "mean_mm": _number(length.mean()),
         "max_mm": _number(length.max()),
     }
+    if registration.uncertainty is not None:
+        finest = registration.uncertainty[-1]
+        metrics["uncertainty_mm"] = {"mean": _number(finest.mean()), "max": _number(finest.max())}
     if pair.fixed_label is not None and pair.moving_label is not None:
         metrics["overlap"] = _overlap(registration, {name: transform for name, (_, transform) in stages.items()})
     if pair.fixed_landmarks is not None and pair.moving_landmarks is not None:

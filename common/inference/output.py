@@ -25,6 +25,7 @@ from common.io import (
     write_landmarks,
     write_learn2reg,
     write_report,
+    write_scalar_maps,
     write_transform,
 )
 
@@ -42,8 +43,8 @@ def write_registration(
     report: bool = True,
     learn2reg: bool = False,
 ) -> dict[str, Any]:
-    """Write warped.nii.gz, transform.h5, displacement.nii.gz, metrics.json, report.png and what labels and landmarks
-    give.
+    """Write warped.nii.gz, transform.h5, displacement.nii.gz, metrics.json, report.png and what labels, landmarks and
+    an estimate of the uncertainty give.
 
     The files appear together at the end, or not at all.
 
@@ -68,6 +69,7 @@ def write_registration(
     names += ["learn2reg.nii.gz"] if learn2reg else []
     names += ["warped_label.nii.gz"] if registration.warped_label is not None else []
     names += ["warped_landmarks.txt"] if registration.mapped_landmarks is not None else []
+    names += ["uncertainty.nii.gz", "uncertainty_levels.nii.gz"] if registration.uncertainty is not None else []
     with StagedOutput(output_dir, names) as stage:
         write_image(registration.warped, stage / "warped.nii.gz")
         write_transform(
@@ -83,6 +85,9 @@ def write_registration(
             write_image(registration.warped_label, stage / "warped_label.nii.gz")
         if registration.mapped_landmarks is not None:
             write_landmarks(stage / "warped_landmarks.txt", registration.mapped_landmarks)
+        if registration.uncertainty is not None:
+            write_scalar_maps(stage / "uncertainty.nii.gz", registration.uncertainty[-1:], pair.fixed_grid)
+            write_scalar_maps(stage / "uncertainty_levels.nii.gz", registration.uncertainty, pair.fixed_grid)
         written = time.perf_counter()
         figures = registration_metrics(registration)
         measured = time.perf_counter()
@@ -121,6 +126,7 @@ def _write_report(path: Path, registration: Registration, figures: Mapping[str, 
         magnitude=np.linalg.norm(registration.deformation, axis=-1),
         jacobian=jacobian_map(registration),
         grid=pair.fixed_grid,
+        uncertainty=registration.uncertainty,
         fixed_label=None if pair.fixed_label is None else itk_to_array(pair.fixed_label),
         warped_label=None if registration.warped_label is None else itk_to_array(registration.warped_label),
         metrics={k: v for k, v in figures.items() if k != "overlap"}

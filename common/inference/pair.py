@@ -19,6 +19,7 @@ from common.geometry.spaces import (
     displacement_to_ddf,
     grid_of,
     itk_to_array,
+    resample_to_grid,
 )
 from common.io import (
     build_transform,
@@ -146,9 +147,18 @@ class Registration:
         ddf: (3, D, H, W), voxels of the network grid: the deformable stage, applied before the affine one,
             `total(x) = fixed_to_moving(x + u(x))`.
         network_grid: where `ddf` lives; covers the fixed image.
+        uncertainty: (L, D, H, W) on the network grid, in mm, coarse to fine; None where nobody asked for it.
     """
 
-    def __init__(self, pair: ImagePair, *, fixed_to_moving: np.ndarray, ddf: Tensor, network_grid: Grid) -> None:
+    def __init__(
+        self,
+        pair: ImagePair,
+        *,
+        fixed_to_moving: np.ndarray,
+        ddf: Tensor,
+        network_grid: Grid,
+        uncertainty: Tensor | None = None,
+    ) -> None:
         if tuple(ddf.shape) != (3, *network_grid.shape):
             raise ValueError(f"a field {tuple(ddf.shape)} does not fit a network grid {network_grid.shape}")
         self.pair = pair
@@ -160,6 +170,16 @@ class Registration:
         self.field_grid = Grid((d, h, w), affine)
         self.displacement = ddf_to_displacement(padded, self.field_grid)  # (D, H, W, 3) LPS mm
         self.transform = build_transform(fixed_to_moving, self.displacement, self.field_grid)
+        self._uncertainty = uncertainty
+        self._network_grid = network_grid
+
+    @cached_property
+    def uncertainty(self) -> np.ndarray | None:
+        """(L, D, H, W), mm on the fixed grid: how far the deformable stage may be off, coarse to fine."""
+        if self._uncertainty is None:
+            return None
+        maps = self._uncertainty.detach().float().cpu()
+        return resample_to_grid(maps, self._network_grid, self.pair.fixed_grid, padding_mode="border").numpy()
 
     @property
     def outside_value(self) -> float:

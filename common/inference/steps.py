@@ -1,13 +1,14 @@
 """The steps of a registration as MONAI dictionary transforms.
 
-Before the network: `LoadPaird`, `AlignPaird`, `SampleNetworkGridd`; after it: `OptimizeInstanced`,
-`FinishRegistrationd`, `WriteRegistrationd`. The dictionary carries, beside the request itself,
+Before the network: `LoadPaird`, `AlignPaird`, `SampleNetworkGridd`; after it: `TakeUncertaintyd`,
+`OptimizeInstanced`, `FinishRegistrationd`, `WriteRegistrationd`. The dictionary carries, beside the request itself,
 
 - `pair`: `ImagePair`
 - `fixed_to_moving`: (4, 4) array, LPS mm
 - `network_grid`: `Grid`
 - `image`: (2, D, H, W) tensor on the network grid, moving and fixed
 - `pred`: the network's ddf (3, D, H, W) on the network grid; after `FinishRegistrationd` what a server shows
+- `uncertainty`: (L, D, H, W) in mm on the network grid, where asked for; see `TakeUncertaintyd`
 - `registration`: `Registration`
 - `seconds`: time of each step; the network's runs from `network_started` to the next step
 """
@@ -200,6 +201,7 @@ class FinishRegistrationd(Transform):
                 fixed_to_moving=result["fixed_to_moving"],
                 ddf=_unbatched(result["pred"]).detach(),
                 network_grid=grid,
+                uncertainty=result.get("uncertainty"),
             )
             shown = registration.warped if registration.warped_label is None else registration.warped_label
         result["registration"] = registration

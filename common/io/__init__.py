@@ -12,6 +12,7 @@ from common.io.transforms import (
     transform_to_displacement,
     write_displacement,
     write_learn2reg,
+    write_scalar_maps,
     write_transform,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "write_landmarks",
     "write_learn2reg",
     "write_report",
+    "write_scalar_maps",
     "write_transform",
 ]

@@ -1,4 +1,4 @@
-"""One picture of a registration: three planes by seven views, with the key figures below."""
+"""One picture of a registration: three planes by seven or more views, with the key figures below."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from common.io.atomic import atomic_path
 __all__ = ["write_report"]
 
 _DPI = 100
-_WIDTH = 18.0  # inches
+_WIDTH, _COLUMNS = 18.0, 7  # inches, and the columns that share them; further ones add to the width
 _MAX_ROWS_HEIGHT = 11.0  # inches for the three planes together
 _LEFT, _GAP, _TOP, _BAR = 0.45, 0.06, 0.75, 0.55  # inches: row names, between cells, titles, colour bars
 _LINE = 0.24  # inches per line of the footer
@@ -61,6 +61,7 @@ def write_report(
     magnitude: Any,
     jacobian: Any,
     grid: Grid,
+    uncertainty: Any = None,
     fixed_label: Any = None,
     warped_label: Any = None,
     metrics: Mapping[str, Any] | None = None,
@@ -79,6 +80,7 @@ def write_report(
         magnitude: (D, H, W), length of the displacement in mm.
         jacobian: (D, H, W), or (D-2, H-2, W-2) without the border, determinants.
         grid: the fixed grid.
+        uncertainty: (L, D, H, W) in mm, coarse to fine, of which the first, a middle and the last one are shown, or None.
         fixed_label: (D, H, W) or None, outlined in yellow on the fixed and the warped image.
         warped_label: (D, H, W) or None, outlined in cyan on the warped image.
         metrics: key figures for the footer; nested mappings are flattened, other than scalars are left out.
@@ -105,9 +107,15 @@ def write_report(
         "jacobian": ScalarMappable(Normalize(1 - spread, 1 + spread), colormaps["RdBu_r"].with_extremes(bad="0.5")),
     }
 
+    heat = [] if uncertainty is None else [views.upright(x) for x in _coarse_to_fine(np.asarray(uncertainty))]
+    if heat:
+        top = max(float(np.percentile([x[views.box] for x in heat], 99.8)), 1e-3)
+        maps["uncertainty"] = ScalarMappable(Normalize(0, top), "inferno")
+
     lines = _footer_lines(metrics or {}, labels)
-    sheet = _Sheet(views, columns=7, footer_lines=len(lines))
-    names = ("fixed", "moving, before", "warped", "before | fixed", "warped | fixed", "displacement", "Jacobian")
+    sheet = _Sheet(views, columns=7 + len(heat), footer_lines=len(lines))
+    names = ["fixed", "moving, before", "warped", "before | fixed", "warped | fixed", "displacement", "Jacobian"]
+    names += ["uncertainty, coarse", "middle", "fine"][-len(heat) :] if heat else []
     for row, plane in enumerate(_PLANES):
         gray = {name: _scale(views.cut(volumes[name], plane), *windows[name]) for name in ("fixed", "moving", "warped")}
         pictures = [gray["fixed"], gray["moving"], gray["warped"]]
@@ -118,6 +126,7 @@ def write_report(
         picture = maps["jacobian"].to_rgba(np.ma.masked_invalid(slice_of_jacobian))
         picture[slice_of_jacobian <= 0] = _FOLDED
         pictures.append(picture)
+        pictures += [maps["uncertainty"].to_rgba(views.cut(volume, plane)) for volume in heat]
         cells = [sheet.show(row, column, picture) for column, picture in enumerate(pictures)]
         _name_edges(cells[0], plane)
         for label, color, shown_on in ((labels[0], _YELLOW, (0, 2)), (labels[1], _CYAN, (2,))):
@@ -132,6 +141,8 @@ def write_report(
     sheet.color_bar(5, maps["magnitude"], "mm")
     folded = 100 * float((inner <= 0).mean()) if inner.size else 0.0
     sheet.color_bar(6, maps["jacobian"], f"green: folded, {folded:.2g} %")
+    for column in range(7, 7 + len(heat)):
+        sheet.color_bar(column, maps["uncertainty"], "mm")
     sheet.write_texts(title, lines)
     with atomic_path(path) as temporary:
         sheet.figure.savefig(temporary, dpi=_DPI, format="png")
@@ -191,7 +202,8 @@ class _Sheet:
     """The figure: rows of planes at one common scale, columns of equal width."""
 
     def __init__(self, views: _Views, *, columns: int, footer_lines: int) -> None:
-        self._cell = (_WIDTH - _LEFT - _GAP * columns) / columns
+        self._cell = (_WIDTH - _LEFT - _GAP * _COLUMNS) / _COLUMNS
+        self._width = _LEFT + (self._cell + _GAP) * columns
         widths = [views.size[plane.horizontal] for plane in _PLANES]
         heights = [views.size[plane.vertical] for plane in _PLANES]
         scale = min(self._cell / max(widths), (_MAX_ROWS_HEIGHT - 3 * _GAP) / sum(heights))  # inches per mm
@@ -199,7 +211,7 @@ class _Sheet:
         self._footer = _LINE * footer_lines + 0.15
         self._height = _TOP + sum(h + _GAP for _, h in self._sizes) + _BAR + self._footer
         # No pyplot: its global list of figures is neither thread-safe nor emptied by itself.
-        self.figure = Figure(figsize=(_WIDTH, self._height), dpi=_DPI, facecolor="white")
+        self.figure = Figure(figsize=(self._width, self._height), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(self.figure)
 
     def show(self, row: int, column: int, picture: np.ndarray) -> Axes:
@@ -240,15 +252,21 @@ class _Sheet:
             va="top",
         )
         note = "radiological view: the patient's right is on the left"
-        self._text(_WIDTH - _GAP, self._height - 0.15, note, size=9, color="0.4", ha="right", va="top")
+        self._text(self._width - _GAP, self._height - 0.15, note, size=9, color="0.4", ha="right", va="top")
         for number, line in enumerate(lines):
             self._text(_LEFT, self._footer - _LINE * (number + 0.5), line, size=11, family="monospace", va="center")
 
     def _text(self, x: float, y: float, text: str, **style: Any) -> None:
-        self.figure.text(x / _WIDTH, y / self._height, text, **style)
+        self.figure.text(x / self._width, y / self._height, text, **style)
 
     def _box(self, left: float, bottom: float, width: float, height: float) -> tuple[float, float, float, float]:
-        return left / _WIDTH, bottom / self._height, width / _WIDTH, height / self._height
+        return left / self._width, bottom / self._height, width / self._width, height / self._height
+
+
+def _coarse_to_fine(maps: np.ndarray) -> list[np.ndarray]:
+    """The first, a middle and the last of (L, D, H, W); fewer where there are fewer."""
+    chosen = sorted({0, len(maps) // 2, len(maps) - 1})
+    return [maps[i] for i in chosen]
 
 
 def _with_border(jacobian: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

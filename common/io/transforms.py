@@ -29,6 +29,7 @@ __all__ = [
     "transform_to_displacement",
     "write_displacement",
     "write_learn2reg",
+    "write_scalar_maps",
     "write_transform",
 ]
 
@@ -200,6 +201,27 @@ def write_displacement(path: str | os.PathLike[str], displacement: np.ndarray, g
     if file_extension(path) not in (".nii", ".nii.gz"):
         raise OutputError(f"{path} cannot be written: a displacement field's file ends in .nii.gz")
     write_image(array_to_itk(np.asarray(displacement, dtype=np.float32), grid), path)
+
+
+def write_scalar_maps(path: str | os.PathLike[str], maps: np.ndarray, grid: Grid) -> None:
+    """Write maps of one number a voxel as NIfTI: 3-D for one map, 4-D (i, j, k, map) for several.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        maps: (L, D, H, W); stored in single precision.
+        grid: where they live.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    if file_extension(path) not in (".nii", ".nii.gz"):
+        raise OutputError(f"{path} cannot be written: the file of a map ends in .nii.gz")
+    if len(maps) == 1:
+        write_image(array_to_itk(np.asarray(maps[0], dtype=np.float32), grid), path)
+        return
+    volumes = np.moveaxis(np.asarray(maps, dtype=np.float32), 0, -1)
+    with atomic_path(path) as temporary:
+        nib.save(nib.Nifti1Image(volumes, swap_lps_ras(grid.affine)), temporary)
 
 
 def write_learn2reg(path: str | os.PathLike[str], ddf: Tensor | np.ndarray, *, grid: Grid | None = None) -> None:

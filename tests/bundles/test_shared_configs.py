@@ -18,8 +18,9 @@ MAY_DIFFER = {
     "inference": [
         r"network_def::.+",
         r"instance_optimization",
+        r"uncertainty",
         r"preprocessing::transforms::\d+::bytes_per_voxel",
-        r"postprocessing::transforms::\d+::settings::(iterations|steps)",
+        r"postprocessing::transforms::\d+::settings::(iterations|steps|windows)",
     ],
     "evaluate": [],
 }
@@ -54,8 +55,8 @@ def another_network(config: Config) -> None:
     config["network_def"] = {"_target_": "BUNDLE_net.Other", "steps": [12, 12, 4]}
     config["instance_optimization"] = 0
     config["preprocessing"]["transforms"][3]["bytes_per_voxel"] = 1
-    settings = config["postprocessing"]["transforms"][2]["settings"]
-    settings.pop("iterations", None)
+    settings = config["postprocessing"]["transforms"][3]["settings"]
+    settings.pop("iterations", settings.pop("windows", None))
     settings["steps"] = "@network_def::steps"
 
 
@@ -80,7 +81,7 @@ def a_transform_less(config: Config) -> None:
 
 
 def another_setting_recorded(config: Config) -> None:
-    config["postprocessing"]["transforms"][2]["settings"]["device"] = "cpu"
+    config["postprocessing"]["transforms"][3]["settings"]["device"] = "cpu"
 
 
 def a_fixed_multiple(config: Config) -> None:

@@ -1,6 +1,6 @@
 """AD-RegNet: attention-driven framework for non-rigid medical image registration.
 
-"Attention-Driven Framework for Non-Rigid Medical Image Registration", preprint. It prints neither its equations in full
+"Attention-Driven Framework for Non-Rigid Medical Image Registration", arXiv 2602.07088. It prints neither its equations in full
 nor most of its numbers, and its code is not public: what is ours is said where it stands. Equation numbers are the
 preprint's.
 
