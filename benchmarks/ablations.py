@@ -1,9 +1,10 @@
-"""Train RWCNet and its ablations with one budget; the paper's Table 3 beside ours: `python -m benchmarks.ablations`.
+"""Train a bundle and its ablations with one budget; the paper's table beside ours: `python -m benchmarks.ablations`.
 
 Data: the Hippocampus task of the Medical Segmentation Decathlon; the last 40 scans are for validation, each fixed with
-its successor moving, centres aligned, no affine stage. Each variant starts from the shipped weights, as far as they fit
-it, is trained by train.json with hippocampus.json and its overlay, and evaluated by evaluate.json. A training that was
-interrupted goes on, one that is finished is kept.
+its successor moving, centres aligned, no affine stage. Each variant is trained by train.json with hippocampus.json and
+its overlay, and evaluated by evaluate.json; RWCNet's start from its shipped weights, as far as they fit, AD-RegNet's
+from random ones. A training that was interrupted goes on, one that is finished is kept. The last column is the p value
+of the paired Wilcoxon signed-rank test of a variant's Dice against the whole method's.
 """
 
 from __future__ import annotations
@@ -14,30 +15,55 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import wilcoxon
 
 from common.geometry.spaces import itk_to_array
 from common.inference import align_affine, load_pair
 from common.io import atomic_path, build_transform, resample_image
 from common.metrics import dice_macro
 
-CONFIGS = "bundles/rwcnet/configs"
-WEIGHTS = "bundles/rwcnet/models/model.pt"
-# Overlay of each variant, and what the paper reports: NLST TRE in mm, OASIS Dice in per cent.
-VARIANTS = {
-    "RWCNet": (None, "2.11", "80.7"),
-    "single scale 1/4": ("ablation_single_scale", "5.52", "74.0"),
-    "no correlation": ("ablation_no_correlation", "4.10", "80.0"),
-    "2 RNN steps": ("ablation_two_steps", "5.17", "80.1"),
+
+@dataclass(frozen=True)
+class Ablation:
+    """A variant of a method.
+
+    Attributes:
+        overlay: its config beside train.json and hippocampus.json; None for the whole method.
+        paper: what the paper reports, by the columns of its table.
+    """
+
+    overlay: str | None
+    paper: tuple[str, str]
+
+
+PAPER_COLUMNS = {"rwcnet": ("NLST mm", "OASIS %"), "adregnet": ("DIR-Lab mm", "fold %")}
+ABLATIONS = {
+    "rwcnet": {
+        "RWCNet": Ablation(None, ("2.11", "80.7")),
+        "single scale 1/4": Ablation("ablation_single_scale", ("5.52", "74.0")),
+        "no correlation": Ablation("ablation_no_correlation", ("4.10", "80.0")),
+        "2 RNN steps": Ablation("ablation_two_steps", ("5.17", "80.1")),
+    },
+    "adregnet": {
+        "AD-RegNet": Ablation(None, ("1.51", "0.15")),
+        "no cross-attention": Ablation("ablation_no_cross_attention", ("1.61", "0.18")),
+        "no regional attention": Ablation("ablation_no_regional_attention", ("1.65", "0.16")),
+        "no multi-resolution": Ablation("ablation_no_multi_resolution", ("1.63", "0.22")),
+        "no attention": Ablation("ablation_no_attention", ("1.79", "0.25")),
+    },
 }
+PAPER_OPTIMIZED = {"rwcnet": ("1.48", "76.4")}
+PAPER_BEFORE = {"rwcnet": ("9.73", "52.4"), "adregnet": ("8.46", "")}
 
 
-def config_files(overlay: str | None, *more: str) -> str:
+def config_files(bundle: str, overlay: str | None, *more: str) -> str:
     names = ["train", "hippocampus", *([overlay] if overlay else []), *more]
-    return json.dumps([f"{CONFIGS}/{name}.json" for name in names])
+    return json.dumps([f"bundles/{bundle}/configs/{name}.json" for name in names])
 
 
 def run_bundle(files: str, options: list[str]) -> None:
@@ -45,8 +71,8 @@ def run_bundle(files: str, options: list[str]) -> None:
 
 
 def starting_weights(overlay: str | None, path: Path) -> None:
-    """The shipped weights in the form of a variant's network; what it does not share with it starts from random."""
-    state = torch.load(WEIGHTS, map_location="cpu", weights_only=True)
+    """RWCNet's shipped weights in the form of a variant's network; what it does not share starts from random."""
+    state = torch.load("bundles/rwcnet/models/model.pt", map_location="cpu", weights_only=True)
     if overlay == "ablation_single_scale":
         state = {name: value for name, value in state.items() if not name.startswith(("stages.1.", "stages.2."))}
         state["trained_stages"].clamp_(max=1)
@@ -60,19 +86,23 @@ def starting_weights(overlay: str | None, path: Path) -> None:
         torch.save(state, temporary)
 
 
-def train(folder: Path, overlay: str | None, data: Path, budget: list[str]) -> None:
-    start = folder / "start.pt"
-    starting_weights(overlay, start)
-    resume = ["--resume", "True"] if (folder / "last.pt").is_file() else []
-    options = ["--dataset_dir", str(data), "--output_dir", str(folder), "--initial_weights", str(start)]
-    run_bundle(config_files(overlay), [*options, *budget, *resume])
+def train(bundle: str, folder: Path, overlay: str | None, data: Path, budget: list[str]) -> None:
+    options = ["--dataset_dir", str(data), "--output_dir", str(folder), *budget]
+    if bundle == "rwcnet":
+        starting_weights(overlay, folder / "start.pt")
+        options += ["--initial_weights", str(folder / "start.pt")]
+    options += ["--resume", "True"] if (folder / "last.pt").is_file() else []
+    run_bundle(config_files(bundle, overlay), options)
 
 
-def evaluate(folder: Path, overlay: str | None, data: Path, budget: list[str], steps: int) -> list[dict[str, str]]:
+def evaluate(
+    bundle: str, folder: Path, overlay: str | None, data: Path, budget: list[str], steps: int
+) -> list[dict[str, str]]:
     """Rows of evaluation.csv with that many steps of instance optimisation."""
     output = folder / f"evaluation_{steps}"
     options = ["--dataset_dir", str(data), "--output_dir", str(output), "--weights", str(folder / "model.pt"), *budget]
-    run_bundle(config_files(overlay, "evaluate"), [*options, "--instance_optimization", str(steps)])
+    options += ["--instance_optimization", str(steps)]
+    run_bundle(config_files(bundle, overlay, "evaluate"), options)
     with open(output / "evaluation.csv", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -93,44 +123,64 @@ def affine_dice(rows: list[dict[str, str]], data: Path) -> list[float]:
     return figures
 
 
-def print_row(name: str, rows: list[dict[str, str]], suffix: str = "", paper: tuple[str, str] = ("", "")) -> None:
+def print_row(
+    name: str,
+    rows: list[dict[str, str]],
+    *,
+    suffix: str = "",
+    paper: tuple[str, str] = ("", ""),
+    p: float | None = None,
+) -> None:
     cells = []
     for figure in ("dice", "hd95", "sdlogj", "folding_percent"):
         values = np.array([float(row[figure + suffix]) for row in rows])
         cells.append(f"{np.nanmean(values):8.3f} +- {np.nanstd(values):5.3f}")
     seconds = "" if suffix else f"{np.mean([float(row['seconds']) for row in rows]):8.2f}"
-    print(f"{name:40s}" + "".join(f"{cell:>18s}" for cell in cells) + f"{seconds:>10s}{paper[0]:>10s}{paper[1]:>10s}")
+    test = "" if p is None else f"{p:.2g}"
+    print(
+        f"{name:32s}"
+        + "".join(f"{cell:>18s}" for cell in cells)
+        + f"{seconds:>10s}{paper[0]:>12s}{paper[1]:>10s}{test:>10s}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     scans = os.environ.get("REGISTRATION_TEST_DATA", "../shared/data")
+    parser.add_argument("--bundle", choices=sorted(ABLATIONS), default="rwcnet")
     parser.add_argument("--data", default=f"{scans}/Task04_Hippocampus", help="the Decathlon's folder")
     parser.add_argument("--output_dir", default="runs/ablations")
     parser.add_argument("--instance_optimization", type=int, default=50, help="steps, for the rows with it")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="passed on to every run, after --")
     arguments = parser.parse_args()
-    data, folder = Path(arguments.data), Path(arguments.output_dir)
+    bundle, data, folder = arguments.bundle, Path(arguments.data), Path(arguments.output_dir) / arguments.bundle
     if not data.is_dir():
         raise SystemExit(f"error: there is no folder {data}")
     budget = [option for option in arguments.options if option != "--"]
     results = {}
-    for name, (overlay, *_) in VARIANTS.items():
-        run = folder / (overlay or "rwcnet")
-        train(run, overlay, data, budget)
-        results[name] = evaluate(run, overlay, data, budget, 0)
-        if overlay is None:
-            optimized = evaluate(run, overlay, data, budget, arguments.instance_optimization)
-    first = results["RWCNet"]
+    for name, ablation in ABLATIONS[bundle].items():
+        run = folder / (ablation.overlay or "whole")
+        train(bundle, run, ablation.overlay, data, budget)
+        results[name] = evaluate(bundle, run, ablation.overlay, data, budget, 0)
+    whole, first = next(iter(results.items()))
+    optimized = evaluate(bundle, folder / "whole", None, data, budget, arguments.instance_optimization)
     affine = affine_dice(first, data)
     heads = ("Dice", "HD95 voxels", "SDlogJ", "folding %")
-    print(f"\n{len(first)} pairs, mean +- standard deviation; the last two columns are the paper's")
-    print(f"{'':40s}" + "".join(f"{head:>18s}" for head in heads) + f"{'seconds':>10s}{'NLST mm':>10s}{'OASIS %':>10s}")
-    print_row("no displacement", first, "_zero_displacement", ("9.73", "52.4"))
-    print(f"{'affine stage alone':40s}{np.mean(affine):8.3f} +- {np.std(affine):5.3f}")
+    columns = PAPER_COLUMNS[bundle]
+    print(f"\n{len(first)} pairs, mean +- standard deviation; {' and '.join(columns)} are the paper's")
+    print(
+        f"{'':32s}"
+        + "".join(f"{head:>18s}" for head in heads)
+        + f"{'seconds':>10s}{columns[0]:>12s}{columns[1]:>10s}{'p':>10s}"
+    )
+    print_row("no displacement", first, suffix="_zero_displacement", paper=PAPER_BEFORE[bundle])
+    print(f"{'affine stage alone':32s}{np.mean(affine):8.3f} +- {np.std(affine):5.3f}")
     for name, rows in results.items():
-        print_row(name, rows, paper=VARIANTS[name][1:])
-    print_row(f"RWCNet + {arguments.instance_optimization} steps on the pair", optimized, paper=("1.48", "76.4"))
+        dices = [[float(row["dice"]) for row in some] for some in (rows, first)]
+        p = None if rows is first else float(wilcoxon(*dices).pvalue)
+        print_row(name, rows, paper=ABLATIONS[bundle][name].paper, p=p)
+    steps = arguments.instance_optimization
+    print_row(f"{whole} + {steps} steps on the pair", optimized, paper=PAPER_OPTIMIZED.get(bundle, ("", "")))
 
 
 if __name__ == "__main__":

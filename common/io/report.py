@@ -80,7 +80,7 @@ def write_report(
         magnitude: (D, H, W), length of the displacement in mm.
         jacobian: (D, H, W), or (D-2, H-2, W-2) without the border, determinants.
         grid: the fixed grid.
-        uncertainty: (L, D, H, W) in mm, coarse to fine, of which the first, a middle and the last one are shown, or None.
+        uncertainty: (L, D, H, W) in mm, coarse to fine; the first, a middle and the last one are shown. Or None.
         fixed_label: (D, H, W) or None, outlined in yellow on the fixed and the warped image.
         warped_label: (D, H, W) or None, outlined in cyan on the warped image.
         metrics: key figures for the footer; nested mappings are flattened, other than scalars are left out.

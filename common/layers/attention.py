@@ -74,7 +74,9 @@ def positional_attention(
 
 def _tokens(x: Tensor, heads: int, sides: Sequence[int]) -> Tensor:
     """(B, C, D, H, W) -> (B * windows, heads, voxels of a window, C / heads), filled up with zeros."""
-    padding = [amount for n, side in zip(reversed(x.shape[2:]), reversed(sides), strict=True) for amount in (0, -n % side)]
+    padding = [
+        amount for n, side in zip(reversed(x.shape[2:]), reversed(sides), strict=True) for amount in (0, -n % side)
+    ]
     x = F.pad(x, padding) if any(padding) else x
     batch, channels, *size = x.shape
     (d, h, w), (sd, sh, sw) = (n // side for n, side in zip(size, sides, strict=True)), sides

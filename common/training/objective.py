@@ -118,7 +118,7 @@ class RegistrationObjective(nn.Module):
             loss = loss + self.label_weight * self._dice(ddf, pair)
         if self.landmark_error is not None:
             points = (_needed(pair, key, "key points") for key in ("fixed_keypoints", "moving_keypoints"))
-            loss = loss + self.landmark_weight * self.landmark_error(*points, ddf, pair.get("spacing", self.spacing))
+            loss = loss + self.landmark_weight * self.landmark_error(*points, ddf, _spacing(pair, self.spacing))
         return loss
 
     def _dice(self, ddf: Tensor, pair: Mapping[str, Any]) -> Tensor:
@@ -134,6 +134,12 @@ def _images(pair: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         moving, fixed = torch.split(pair["image"], 1, dim=1)
         return moving, fixed
     return pair["moving"], pair["fixed"]
+
+
+def _spacing(pair: Mapping[str, Any], default: Sequence[float]) -> Sequence[float]:
+    """mm; a collated batch has the same for each of its pairs."""
+    spacing = pair.get("spacing", default)
+    return spacing.view(-1, 3)[0].tolist() if isinstance(spacing, Tensor) else spacing
 
 
 def _needed(pair: Mapping[str, Any], key: str, what: str) -> Tensor:

@@ -25,7 +25,7 @@ class ValidationFigure:
     Args:
         name: "endpoint_error" (voxels, needs the exact field), "dice", "dice_micro" and "hd95" (labels), "tre_mm" (key
             points), "ncc", "folding_percent" or "sdlogj".
-        spacing: mm of the network grid, for "tre_mm".
+        spacing: mm of the network grid, for "tre_mm", where the pair does not say it itself.
 
     Raises:
         ValueError: for another name.
@@ -43,7 +43,8 @@ class ValidationFigure:
         values = []
         for i in range(ddf.shape[0]):
             item = {key: value[i : i + 1] for key, value in pair.items() if isinstance(value, Tensor)}
-            values.append(_FIGURES[self.name](ddf[i : i + 1], item, self.spacing))
+            spacing = tuple(item["spacing"].view(3).tolist()) if "spacing" in item else self.spacing
+            values.append(_FIGURES[self.name](ddf[i : i + 1], item, spacing))
         return torch.tensor(values, dtype=torch.float64).mean()
 
 

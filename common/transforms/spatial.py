@@ -137,6 +137,7 @@ class ResampleToNetworkGridd(MapTransform):
             role, _, kind = str(key).partition("_")
             if kind == "keypoints":
                 physical = grids[role].to_physical(np.asarray(result[key])) - shift[role]
+                result["spacing"] = torch.from_numpy(target.spacing.astype(np.float32))  # for errors in mm
                 result[key] = torch.from_numpy(target.to_voxels(physical).astype(np.float32))
             else:
                 result[key] = _resample(str(key), result[key], grids[role], target, shift[role], nearest=bool(kind))

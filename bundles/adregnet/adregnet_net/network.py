@@ -1,8 +1,8 @@
 """AD-RegNet: attention-driven framework for non-rigid medical image registration.
 
-"Attention-Driven Framework for Non-Rigid Medical Image Registration", arXiv 2602.07088. It prints neither its equations in full
-nor most of its numbers, and its code is not public: what is ours is said where it stands. Equation numbers are the
-preprint's.
+"Attention-Driven Framework for Non-Rigid Medical Image Registration", arXiv 2602.07088. The text at hand has neither
+the equations in full nor most of the numbers, and no code is public: what is ours is said where it stands. Equation
+numbers are the preprint's.
 
 One U-Net sees both images. At each of its five levels the two images ask each other for matches (bidirectional
 cross-attention), regions of the result weigh each other (regional adaptive attention), and a head reads a displacement.
@@ -105,9 +105,8 @@ class ADRegNet(nn.Module):
     ) -> None:
         super().__init__()
         if not 2 <= len(channels) == len(windows) == len(regions):
-            raise ValueError(
-                f"each level has channels, a window and a region, got {list(channels)}, {list(windows)}, {list(regions)}"
-            )
+            given = f"{list(channels)}, {list(windows)} and {list(regions)}"
+            raise ValueError(f"each of two or more levels has channels, a window and a region, got {given}")
         self.stride = 2 ** (len(channels) - 1)
         self.multi_resolution = multi_resolution
         self.backbone = SharedUNet(channels=channels, checkpointing=checkpointing)
