@@ -29,6 +29,12 @@ _WIDTH, _COLUMNS = 18.0, 7  # inches, and the columns that share them; further o
 _MAX_ROWS_HEIGHT = 11.0  # inches for the three planes together
 _LEFT, _GAP, _TOP, _BAR = 0.45, 0.06, 0.75, 0.55  # inches: row names, between cells, titles, colour bars
 _LINE = 0.24  # inches per line of the footer
+_UNCERTAINTY_NAMES = (
+    [],
+    ["uncertainty"],
+    ["uncertainty, coarse", "fine"],
+    ["uncertainty, coarse", "middle", "fine"],
+)  # by their number
 _TILES = 8  # squares of the checkerboard along the longest side
 _YELLOW, _CYAN, _FOLDED = (1.0, 0.85, 0.1, 1.0), (0.1, 0.9, 1.0, 1.0), (0.0, 0.9, 0.0, 1.0)
 
@@ -115,7 +121,7 @@ def write_report(
     lines = _footer_lines(metrics or {}, labels)
     sheet = _Sheet(views, columns=7 + len(heat), footer_lines=len(lines))
     names = ["fixed", "moving, before", "warped", "before | fixed", "warped | fixed", "displacement", "Jacobian"]
-    names += ["uncertainty, coarse", "middle", "fine"][-len(heat) :] if heat else []
+    names += _UNCERTAINTY_NAMES[len(heat)]
     for row, plane in enumerate(_PLANES):
         gray = {name: _scale(views.cut(volumes[name], plane), *windows[name]) for name in ("fixed", "moving", "warped")}
         pictures = [gray["fixed"], gray["moving"], gray["warped"]]

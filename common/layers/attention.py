@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["positional_attention"]
 
-_MASKED = -1e4  # logit of what lies outside the volume: exp(-1e4) is 0 in float32
+_MASKED = -1e9  # logit of what lies outside the volume, below that of any voxel
 
 
 def positional_attention(

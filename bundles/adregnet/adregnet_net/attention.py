@@ -108,7 +108,8 @@ class RegionalAdaptiveAttention(nn.Module):
 
     def weigh(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, D, H, W) -> gain (B, 1, d, h, w) with mean 1, and context (B, C, d, h, w), of each region."""
-        pooled = F.avg_pool3d(features, self.region, ceil_mode=True, count_include_pad=False)  # (B, C, d, h, w)
+        sides = [min(self.region, size) for size in features.shape[2:]]  # a map may be smaller than a region
+        pooled = F.avg_pool3d(features, sides, ceil_mode=True, count_include_pad=False)  # (B, C, d, h, w)
         tokens = pooled.flatten(2).transpose(1, 2)  # (B, N, C)
         context = F.scaled_dot_product_attention(self.query(tokens), self.key(tokens), self.value(tokens))
         score = self.score(tokens + context).float()

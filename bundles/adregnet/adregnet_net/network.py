@@ -130,7 +130,7 @@ class ADRegNet(nn.Module):
             (B, 3, D, H, W): ddf in voxels, pull-back, on the fixed grid.
 
         Raises:
-            ValueError: when a size is not a multiple of 16.
+            ValueError: when a size is not a multiple of 16, or all three are 16.
         """
         return self._fields(image)[-1]
 
@@ -180,6 +180,10 @@ class ADRegNet(nn.Module):
         if any(size % self.stride for size in image.shape[2:]):
             raise ValueError(
                 f"AD-RegNet needs sizes that are multiples of its stride {self.stride}, got {tuple(image.shape[2:])}"
+            )
+        if all(size == self.stride for size in image.shape[2:]):  # instance normalisation of one voxel
+            raise ValueError(
+                f"AD-RegNet needs two voxels or more at its stride {self.stride}, got {tuple(image.shape[2:])}"
             )
 
 
