@@ -29,12 +29,12 @@ _WIDTH, _COLUMNS = 18.0, 7  # inches, and the columns that share them; further o
 _MAX_ROWS_HEIGHT = 11.0  # inches for the three planes together
 _LEFT, _GAP, _TOP, _BAR = 0.45, 0.06, 0.75, 0.55  # inches: row names, between cells, titles, colour bars
 _LINE = 0.24  # inches per line of the footer
-_UNCERTAINTY_NAMES = (
+_UNCERTAINTY_NAMES: tuple[list[str], ...] = (  # by their number
     [],
     ["uncertainty"],
     ["uncertainty, coarse", "fine"],
     ["uncertainty, coarse", "middle", "fine"],
-)  # by their number
+)
 _TILES = 8  # squares of the checkerboard along the longest side
 _YELLOW, _CYAN, _FOLDED = (1.0, 0.85, 0.1, 1.0), (0.1, 0.9, 1.0, 1.0), (0.0, 0.9, 0.0, 1.0)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grids import centred_grid, rotation
+from matplotlib import colormaps
 from matplotlib.image import imread
 
 from common.errors import OutputError
@@ -95,6 +97,40 @@ def test_outlines(tmp_path: Path, grid: Grid) -> None:
     for color in (report._YELLOW, report._CYAN):
         assert coloured(plain, color) == 0
         assert coloured(outlined, color) > 100
+
+
+@pytest.mark.parametrize(
+    ("levels", "shown", "names"),
+    [
+        (1, [1], ["uncertainty"]),
+        (2, [1, 2], ["uncertainty, coarse", "fine"]),
+        (8, [1, 5, 8], ["uncertainty, coarse", "middle", "fine"]),
+    ],
+)
+def test_uncertainty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: int, shown: list[int], names: list[str]
+) -> None:
+    """Level n has the value n everywhere: at most three levels, one colour scale, beside what is always there."""
+    grid = centred_grid((18, 16, 14), rotation(20, 2) @ rotation(-15, 0), [1.5, 2.0, 2.5])
+    heads: list[str] = []
+    head = report._Sheet.head
+    monkeypatch.setattr(report._Sheet, "head", lambda sheet, axes, name: heads.append(name) or head(sheet, axes, name))
+    plain = write(tmp_path / "a.png", grid)
+    heads.clear()
+    maps = np.stack([np.full(grid.shape, n + 1.0) for n in range(levels)])
+    picture = write(tmp_path / "b.png", grid, uncertainty=maps)
+    assert heads[7:] == names
+    assert plain.shape[0] == picture.shape[0]
+    left, step = 100 * report._LEFT, (plain.shape[1] - 100 * report._LEFT) / 7
+    assert picture.shape[1] == pytest.approx(left + step * (7 + len(shown)), abs=2)
+    body = slice(int(100 * report._TOP), -150)  # without the title and the footer
+    np.testing.assert_array_equal(picture[body, :1790], plain[body, :1790])
+    for column, value in enumerate(shown, start=7):
+        strip = picture[body, int(left + step * column) + 12 : int(left + step * (column + 1)) - 12]
+        is_colour = [np.abs(strip - colormaps["inferno"](n / levels)[:3]).max(-1) < 0.01 for n in shown]
+        areas = [int(match.sum()) for match in is_colour]
+        assert shown[int(np.argmax(areas))] == value
+        assert areas[shown.index(value)] > 5000
 
 
 def test_no_field_at_all(tmp_path: Path, grid: Grid) -> None:

@@ -25,6 +25,7 @@ from common.io import (
     write_displacement,
     write_image,
     write_learn2reg,
+    write_scalar_maps,
     write_transform,
 )
 from common.layers.warp import warp
@@ -212,6 +213,36 @@ def test_learn2reg_file(tmp_path: Path, grid: Grid) -> None:
     np.testing.assert_allclose(nib.load(tmp_path / "own.nii.gz").affine, swap_lps_ras(grid.affine), atol=1e-4)
 
 
+def test_scalar_map_file(tmp_path: Path, grid: Grid) -> None:
+    """One map is an image like any other."""
+    values = blobs(grid)[None]
+    write_scalar_maps(tmp_path / "map.nii.gz", values.astype(np.float64), grid)
+    theirs = sitk.ReadImage(str(tmp_path / "map.nii.gz"))
+    assert theirs.GetPixelID() == sitk.sitkFloat32
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(theirs).transpose(2, 1, 0), values[0])
+    np.testing.assert_allclose(theirs.GetOrigin(), grid.origin, atol=1e-3)
+    np.testing.assert_allclose(theirs.GetSpacing(), grid.spacing, atol=1e-5)
+    np.testing.assert_allclose(theirs.GetDirection(), grid.direction.ravel(), atol=1e-5)
+
+
+def test_scalar_maps_file(tmp_path: Path, grid: Grid) -> None:
+    """Several are volumes along the fourth axis, to nibabel and to SimpleITK, in the place of the grid."""
+    values = np.stack([blobs(grid), 2 * blobs(grid), smooth_field(grid)[..., 0]])
+    write_scalar_maps(tmp_path / "maps.nii.gz", values, grid)
+    image = nib.load(tmp_path / "maps.nii.gz")
+    assert image.shape == (*grid.shape, 3)
+    assert image.header.get_data_dtype() == np.float32
+    np.testing.assert_allclose(image.affine, swap_lps_ras(grid.affine), atol=1e-4)
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), np.moveaxis(values, 0, -1))
+    theirs = sitk.ReadImage(str(tmp_path / "maps.nii.gz"))
+    assert theirs.GetSize() == (*grid.shape, 3)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(theirs).transpose(0, 3, 2, 1), values)
+    one = theirs[:, :, :, 1]
+    np.testing.assert_allclose(one.GetOrigin(), grid.origin, atol=1e-3)
+    np.testing.assert_allclose(one.GetSpacing(), grid.spacing, atol=1e-5)
+    np.testing.assert_allclose(one.GetDirection(), grid.direction.ravel(), atol=1e-5)
+
+
 def test_network_field_and_itk_agree(grid: Grid) -> None:
     """Warping by the network's layer and resampling by ITK through the same field give one image."""
     picture = blobs(grid)
@@ -259,6 +290,8 @@ def test_full_disk_leaves_nothing(
         "t.h5": lambda path: write_transform(path, affine=AFFINE, displacement=field, grid=grid),
         "d.nii.gz": lambda path: write_displacement(path, field, grid),
         "l.nii.gz": lambda path: write_learn2reg(path, np.moveaxis(field, -1, 0)),
+        "m.nii.gz": lambda path: write_scalar_maps(path, np.moveaxis(field, -1, 0), grid),
+        "s.nii.gz": lambda path: write_scalar_maps(path, field[None, ..., 0], grid),
     }.items():
         with small_disk(), pytest.raises(OutputError, match=name):
             write(tmp_path / name)
@@ -271,6 +304,7 @@ def test_wrong_extensions(tmp_path: Path, grid: Grid) -> None:
         lambda: write_transform(tmp_path / "t.tfm", displacement=smooth_field(grid), grid=grid),
         lambda: write_displacement(tmp_path / "d.h5", smooth_field(grid), grid),
         lambda: write_learn2reg(tmp_path / "d.npz", np.zeros((3, 4, 4, 4))),
+        lambda: write_scalar_maps(tmp_path / "m.mha", smooth_field(grid)[None, ..., 0], grid),
     ):
         with pytest.raises(OutputError):
             write()

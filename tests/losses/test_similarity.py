@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.losses import LocalNCC, MINDSSCLoss, MSELoss, SSIMLoss, mind_ssc
+from common.losses import LocalNCC, MINDSSCLoss, MSELoss, SSIMLoss, WeightedSimilarity, mind_ssc
 from common.losses.similarity import ssim_map
 
 SHAPES = [(9, 11, 14), (13, 9, 10)]
@@ -250,3 +250,22 @@ def test_descent_moves_the_warped_image_towards_the_fixed(loss):
     (gradient,) = torch.autograd.grad(before, warped)
     step = 1e-3 * gradient / gradient.abs().max()
     assert loss(fixed, start - step) < before
+
+
+def test_weighted_similarity_is_the_sum():
+    a, b = _images((9, 11, 14), batch=2)
+    b.requires_grad_()
+    losses, weights = [LocalNCC(5), SSIMLoss(), MSELoss()], [2.0, 0.5, 0.0]
+    loss = WeightedSimilarity(losses, weights)(a, b)
+    assert loss.ndim == 0
+    expected = 2 * LocalNCC(5)(a, b) + 0.5 * SSIMLoss()(a, b)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, b)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("losses", "weights"), [([], []), ([MSELoss()], []), ([MSELoss()], [1, 2])])
+def test_each_similarity_needs_its_weight(losses, weights):
+    with pytest.raises(ValueError, match=f"{len(losses)} losses and {len(weights)} weights"):
+        WeightedSimilarity(losses, weights)

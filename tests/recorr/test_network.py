@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common.layers.correlation
 from common.geometry.fields import jacobian_determinant
+from common.inference import SequenceInferer
 from common.layers.correlation import correlation_offsets
 from common.losses import SequenceLoss
 
@@ -197,6 +198,27 @@ class TestGradients:
             assert torch.isfinite(parameter.grad).all(), name
             # a bias before batch normalisation has none but rounding
             assert parameter.grad.any() or name.endswith(".0.bias"), name
+
+    def test_a_step_of_training_in_bfloat16(self) -> None:
+        """With oneDNN: levels shorter than the kernels are computed in float32, the others are not."""
+        network = lively(0.01, iterations=(1, 1, 1, 1)).train()
+        seen: set[tuple[bool, torch.dtype]] = set()
+
+        def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            seen.add((min(inputs[0].shape[2:]) < 7, output.dtype))
+
+        for block in network.update_blocks:
+            block.motion_encoder.correlation[0].register_forward_hook(note)
+        image = torch.cat([smooth_noise((32, 32, 32), 5, seed) for seed in (0, 1)], 1)
+        sequence = SequenceInferer(bfloat16=True)(image, network)
+        SequenceLoss(lambda field: (field - 1).square().mean())(sequence).backward()
+        assert seen == {(True, torch.float32), (False, torch.bfloat16)}
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+        optimizer.step()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+            assert torch.isfinite(parameter).all(), name
+        assert all(field.dtype == torch.float32 for field in sequence)
 
     def test_each_step_answers_for_itself(self, image: Tensor) -> None:
         """The field is detached between steps: the last estimate of a level gives the level before no gradient."""

@@ -108,6 +108,26 @@ class TestObjective:
         other = objective(smoothness_weight=0.7, smoothness=GradientLoss(penalty="l1"))(pair["ddf"], pair)
         assert float(other) == pytest.approx(0.7 * float(GradientLoss(penalty="l1")(pair["ddf"])), rel=1e-5)
 
+    def test_folding_counts_in_the_last_estimate_alone(self, pair: dict[str, Tensor]) -> None:
+        mirrored = torch.zeros_like(pair["ddf"])
+        mirrored[:, 0] = (-3 * torch.arange(12.0)).view(12, 1, 1)  # p -> -2 p along one axis: det = -2
+        even = torch.zeros_like(mirrored)
+        plain, weighted = objective(), objective(folding_weight=0.5)
+        for estimates, folds in ((mirrored, 1), (even, 0), ([even, mirrored], 1), ([mirrored, even], 0)):
+            extra = float(weighted(estimates, pair)) - float(plain(estimates, pair))
+            assert extra == pytest.approx(0.5 * 2 * folds, abs=1e-4)
+
+    def test_folding_has_a_gradient(self, pair: dict[str, Tensor]) -> None:
+        ddf = torch.zeros(1, 3, *SHAPE)
+        ddf[:, 0] = (-1.5 * torch.arange(12.0)).view(12, 1, 1)
+        ddf.requires_grad_()
+        loss = objective(similarity_weight=0.0, folding_weight=1.0)
+        loss(ddf, pair).backward()
+        assert ddf.grad is not None and torch.isfinite(ddf.grad).all()
+        before = float(loss(ddf, pair).detach())
+        assert before == pytest.approx(0.5, rel=1e-4)
+        assert float(loss((ddf - 10 * ddf.grad).detach(), pair)) < before
+
     def test_labels(self, pair: dict[str, Tensor]) -> None:
         loss = objective(labels=[1, 2], label_weight=2.0)
         exact, none = loss(pair["ddf"], pair), loss(torch.zeros_like(pair["ddf"]), pair)
