@@ -1,0 +1,667 @@
+"""Every method on the same pairs, judged by the same code: `python -m benchmarks.accuracy` prints the table.
+
+Rows: no displacement, our affine stage, ANTs SyN, ConvexAdam, and each bundle of bundles/ with the network alone and
+with instance optimisation. Blocks: the Hippocampus validation pairs, the other pairs of the test scans, generated pairs
+with their exact field. A method gets all pairs as NIfTI files, in a process of its own for each data set, and is judged
+from the files it writes. SyN and ConvexAdam start from our affine stage, as the bundles do.
+
+Results are kept, a CSV for each method and data set; a run that was interrupted goes on, and one with another method
+adds its rows. `--plot` draws what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._judge import TRUTH, judge_bundle, judge_peer, judge_zero
+from benchmarks._measure import describe_machine, print_table
+from benchmarks._peers import FAILED, FIGURES, PACKAGES, SYN_ITERATIONS, is_finished, missing_package
+from benchmarks._voxelmorph import INFERENCE, write_overlay
+from benchmarks.real_pairs import known_field_pair, named_pairs
+from common.data.synthetic import SyntheticPairs
+from common.geometry.spaces import Grid, array_to_itk, ddf_to_displacement
+from common.inference import file_sha256
+from common.io import atomic_path, write_image
+
+Pair = dict[str, str]
+Row = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_SETS = ("hippocampus", "real", "generated")
+FIGURE_NAMES = {
+    "dice": "Dice",
+    "hd95": "HD95 vox",
+    "tre_mm": "TRE mm",
+    "epe_mm": "EPE mm",
+    "ncc": "NCC",
+    "sdlogj": "SDlogJ",
+    "folding_percent": "folding %",
+    "seconds": "seconds",
+    "peak_mib": "peak MiB",
+}
+_COLUMNS = ["id", *FIGURE_NAMES, "threads", "note", "problem"]
+_DIGITS = {"hd95": 2, "tre_mm": 2, "epe_mm": 2, "folding_percent": 4, "seconds": 1, "peak_mib": 0}
+_KNOWN_FIELDS = {  # scan and seed of the field
+    "chest_ct": ("chest_ct/lidc0314_2mm.nii.gz", 1),
+    "abdomen_ct": ("abdomen_ct/totalseg_example_ct.nii.gz", 2),
+}
+_GENERATED_SEED = 2026
+_VERSIONS = ("torch", "monai", "itk", "SimpleITK", "antspyx", "convexAdam")
+
+# Runs a command and writes its exit code and peak memory. A process of its own: Linux counts the peak of a process'
+# parent at the time of its start as the process' own, and this one is small.
+_LAUNCHER = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+with open(sys.argv[1], "w") as file:
+    json.dump({"exit_code": os.waitstatus_to_exitcode(status), "peak_mib": peak}, file)
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: key, of files too.
+        title: as the table shows it.
+        configs: of a bundle's inference, later ones replacing entries of earlier ones; none for a peer.
+        weights: of a bundle, by data set, and under "" for all others.
+        options: of a bundle's inference, by data set, and under "" for all.
+    """
+
+    name: str
+    title: str
+    configs: tuple[Path, ...] = ()
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def weights_for(self, data_set: str) -> Path:
+        return self.weights.get(data_set, self.weights[""])
+
+    def options_for(self, data_set: str) -> dict[str, Any]:
+        return {**self.options.get("", {}), **self.options.get(data_set, {})}
+
+
+# Pairs
+
+
+def hippocampus_pairs(data: Path, count: int) -> list[Pair]:
+    return [pair for pair in _named(data, count) if pair["id"].startswith("hippocampus_")]
+
+
+def real_pairs(data: Path, folder: Path) -> list[Pair]:
+    """The named pairs but for the Hippocampus, and two scans paired with a copy under a known field."""
+    pairs = [pair for pair in _named(data, 0) if _complete(pair)]
+    for name, (image, seed) in _KNOWN_FIELDS.items():
+        path = data / image
+        kept = folder / f"{name}.json"
+        if kept.is_file():
+            pairs.append(json.loads(kept.read_text()))
+        elif path.is_file():
+            pairs.append(known_field_pair(name, path, folder, seed=seed))
+            kept.write_text(json.dumps(pairs[-1]))
+        else:
+            print(f"{name} is left out: there is no {path}")
+    return pairs
+
+
+def generated_pairs(folder: Path, count: int, shape: Sequence[int]) -> list[Pair]:
+    """Pairs of the training's recipe at 1 mm, under a seed that no training uses, with the exact field."""
+    size = "x".join(map(str, shape))
+    grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
+    source = SyntheticPairs(length=count, shape=shape, seed=_GENERATED_SEED, fixed_epoch=True)
+    pairs = []
+    for index in range(count):
+        name = f"generated_{size}_{index:02d}"
+        files = {key: f"{name}_{key}.nii.gz" for key in ("fixed", "moving", "fixed_label", "moving_label")}
+        truth = folder / f"{name}_{TRUTH}.npz"
+        pairs.append({"id": name} | {key: str(folder / file) for key, file in files.items()} | {TRUTH: str(truth)})
+        if truth.is_file():  # written last
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        item = source[index]
+        arrays = {
+            "moving": 1000 * item["image"][0].numpy(),
+            "fixed": 1000 * item["image"][1].numpy(),
+            "moving_label": item["moving_label"][0].numpy().astype(np.int16),
+            "fixed_label": item["fixed_label"][0].numpy().astype(np.int16),
+        }
+        for key, array in arrays.items():
+            write_image(array_to_itk(array, grid), folder / files[key])
+        with atomic_path(truth) as temporary, open(temporary, "wb") as file:
+            displacement = ddf_to_displacement(item["ddf"], grid)
+            np.savez_compressed(file, displacement=displacement, mask=item["mask"][0].numpy() > 0)
+    return pairs
+
+
+def _named(data: Path, count: int) -> list[Pair]:
+    try:
+        return [dict(pair) for pair in named_pairs(data, count)]
+    except OSError as error:
+        raise SystemExit(f"error: the test scans in {data} are incomplete: {error}") from None
+
+
+def _complete(pair: Pair) -> bool:
+    missing = [path for key, path in pair.items() if key != "id" and not Path(path).exists()]
+    if missing:
+        print(f"{pair['id']} is left out: there is no {missing[0]}")
+    return not missing
+
+
+# Methods
+
+
+def find_methods(options: argparse.Namespace) -> list[Method]:
+    """All rows that can be made, a line for each that cannot."""
+    methods = [Method("zero", "zero displacement"), Method("affine", "affine (ours)")]
+    for name, title in (("syn", "ANTs SyN"), ("convexadam", "ConvexAdam")):
+        missing = missing_package(name)
+        if missing:
+            print(f"{title} is left out: the package {missing} is not installed (pip install -e '.[benchmarks]')")
+        else:
+            methods.append(Method(name, title))
+    general, special = _assignments(options.weights), _assignments(options.hippocampus_weights)
+    for bundle in sorted(path.parent.parent for path in (ROOT / "bundles").glob("*/configs/metadata.json")):
+        name = bundle.name
+        weights = {"": Path(general.get(name, bundle / "models/model.pt"))}
+        own = Path(special.get(name, bundle / "models/hippocampus.pt"))
+        if own.is_file():
+            weights["hippocampus"] = own
+        elif name in special:
+            raise SystemExit(f"error: the weights {own} do not exist")
+        methods += _network_rows(name, (bundle / "configs/inference.json",), weights, options)
+    if options.voxelmorph:
+        config = ROOT / "bundles/recorr/configs/inference.json"
+        overlay = write_overlay(options.output_dir / "voxelmorph.json", INFERENCE)
+        weights = {"": options.voxelmorph}
+        if "voxelmorph" in special:
+            weights["hippocampus"] = Path(special["voxelmorph"])
+        methods += _network_rows("voxelmorph", (config, overlay), weights, options)
+    else:
+        print("VoxelMorph is left out: give weights trained by benchmarks._voxelmorph as --voxelmorph")
+    return [method for method in methods if _wanted(method.name, options.methods)]
+
+
+def _network_rows(
+    name: str, configs: tuple[Path, ...], weights: dict[str, Path], options: argparse.Namespace
+) -> list[Method]:
+    """A network alone and with instance optimisation, or nothing and a line that says why."""
+    if not weights[""].is_file():
+        if "hippocampus" not in weights:
+            print(f"{name} is left out: there are no weights {weights['']}")
+            return []
+        print(f"{name} is left out but for the Hippocampus: there are no weights {weights['']}")
+    steps = {} if options.instance_optimization is None else {"instance_optimization": options.instance_optimization}
+    count = options.instance_optimization or json.loads(configs[0].read_text())["instance_optimization"]
+    # Four passes for an estimate of the uncertainty that no other method makes, and a picture: not of this comparison.
+    plain = {"report": False, "uncertainty": False}
+    used = {data_set or "all": path for data_set, path in weights.items() if path.is_file()}
+    print(f"{name}: " + ", ".join(f"{key} {path} {file_sha256(path)[:8]}" for key, path in used.items()))
+    hippocampus: dict[str, Any] = {}
+    if "hippocampus" in weights:
+        hippocampus |= _trained_on_hippocampus(configs[0])
+    for key, value in _assignments(options.affine, bare="").items():
+        if key in ("", name):
+            hippocampus["affine"] = value
+    for key, value in _assignments(options.hippocampus_options).items():
+        bundle, _, option = key.rpartition(".")
+        if bundle in ("", name):
+            hippocampus[option] = _parsed(value)
+    rows = []
+    for suffix, title, settings in (("", "", {"instance_optimization": 0}), ("+io", f" + {count} steps", steps)):
+        by_data = {"": {**plain, **settings}, "hippocampus": hippocampus}
+        rows.append(Method(name + suffix, name + title, configs, weights, by_data))
+    return rows
+
+
+def _trained_on_hippocampus(config: Path) -> dict[str, Any]:
+    """What the bundle's training on these scans sets and its inference has to know: its spacing and network."""
+    overlay = config.with_name("hippocampus.json")
+    settings = json.loads(overlay.read_text()) if overlay.is_file() else {}
+    return {
+        key: value
+        for key, value in settings.items()
+        if key in ("spacing", "modality", "window", "affine") or re.match(r"network_def[#:]", key)
+    }
+
+
+def _wanted(name: str, chosen: Sequence[str] | None) -> bool:
+    return not chosen or name in chosen or name.removesuffix("+io") in chosen
+
+
+def _assignments(values: Iterable[str], bare: str | None = None) -> dict[str, str]:
+    """NAME=VALUE; a VALUE alone belongs to the name `bare`."""
+    found = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not equals and bare is None:
+            raise SystemExit(f"error: '{value}' is not of the form NAME=VALUE")
+        found[name if equals else str(bare)] = rest if equals else value
+    return found
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+# Running
+
+
+class Comparison:
+    """Runs methods on pairs and keeps a table for each method and data set.
+
+    Args:
+        folder: of everything; `tables` holds the results, `work` what methods write, `logs` what they say.
+        threads: of every method.
+        keep: keep what methods write after it has been judged.
+        retry: try pairs again that failed.
+        syn_iterations: of SyN, coarse to fine.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        threads: int,
+        keep: bool = False,
+        retry: bool = False,
+        syn_iterations: Sequence[int] = SYN_ITERATIONS,
+    ) -> None:
+        self.folder = folder
+        self.threads = threads
+        self.keep = keep
+        self.retry = retry
+        self.syn_iterations = list(syn_iterations)
+
+    def table(self, method: str, data_set: str) -> Path:
+        return self.folder / "tables" / f"{data_set}__{method}.csv"
+
+    def work(self, method: str, data_set: str) -> Path:
+        return self.folder / "work" / data_set / method
+
+    def compare(self, method: Method, data_set: str, pairs: Sequence[Pair]) -> None:
+        """Do what the table of the method and the data set lacks."""
+        self._forget_other_settings(method, data_set)
+        path = self.table(method.name, data_set)
+        rows = {row["id"]: row for row in read_table(path)}
+        for pair in pairs:
+            if self.retry and rows.get(pair["id"], {}).get("problem"):
+                del rows[pair["id"]]
+                shutil.rmtree(self.work(method.name, data_set) / pair["id"], ignore_errors=True)
+        left = [pair for pair in pairs if pair["id"] not in rows]
+        if not left:
+            return
+        print(f"{data_set}: {method.title}, {len(left)} of {len(pairs)} pairs to do ...", flush=True)
+        started = time.perf_counter()
+        problems, peak = ({}, None) if method.name == "zero" else self._run(method, data_set, left)
+        for pair in left:
+            folder = self.work(method.name, data_set) / pair["id"]
+            if pair["id"] in problems:
+                row: Row = {"problem": problems[pair["id"]]}
+            else:
+                try:
+                    row = self._judge(method, data_set, pair, folder)
+                except Exception as error:
+                    row = {"problem": f"cannot be judged: {type(error).__name__}: {error}"}
+            if row.get("problem"):
+                print(f"  {pair['id']}: {row['problem']}")
+            rows[pair["id"]] = {"id": pair["id"], "peak_mib": peak, "threads": self.threads, **row}
+            write_table(path, list(rows.values()))
+            if not self.keep and method.name != "affine":  # from which others start
+                shutil.rmtree(folder, ignore_errors=True)
+        print(f"  {time.perf_counter() - started:.0f} s in all", flush=True)
+
+    def _judge(self, method: Method, data_set: str, pair: Pair, folder: Path) -> Row:
+        if method.name == "zero":
+            return judge_zero(pair)
+        if method.configs:
+            return judge_bundle(pair, folder)
+        return judge_peer(pair, folder, self.work("affine", data_set) / pair["id"])
+
+    def _settings(self, method: Method, data_set: str) -> dict[str, Any]:
+        """What results depend on."""
+        settings: dict[str, Any] = {"method": method.name}
+        if method.configs:
+            settings["weights"] = file_sha256(method.weights_for(data_set))
+            settings["options"] = method.options_for(data_set)
+        if method.name == "syn":
+            settings["iterations"] = self.syn_iterations
+        if method.name in PACKAGES:
+            settings["version"] = version(PACKAGES[method.name][1])
+        return settings
+
+    def has_other_settings(self, method: Method, data_set: str) -> bool:
+        """Whether the results that are kept were made with other weights, options or versions."""
+        kept = self.work(method.name, data_set) / "settings.json"
+        return kept.is_file() and json.loads(kept.read_text()) != self._settings(method, data_set)
+
+    def _forget_other_settings(self, method: Method, data_set: str) -> None:
+        """Results of other weights or options must not pass for these."""
+        folder = self.work(method.name, data_set)
+        if self.has_other_settings(method, data_set):
+            print(f"{data_set}: {method.title} had other settings or weights; its results are made anew")
+            shutil.rmtree(folder)
+            self.table(method.name, data_set).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(self._settings(method, data_set)))
+
+    def _run(self, method: Method, data_set: str, pairs: Sequence[Pair]) -> tuple[dict[str, str], float | None]:
+        """The method's process over all pairs; after a crash another one over what comes after the crash.
+
+        Returns:
+            problems by pair, and the highest peak memory of the processes in MiB.
+        """
+        folder = self.work(method.name, data_set)
+        problems: dict[str, str] = {}
+        peak_file = folder / "peak.json"  # a run that was interrupted counts
+        peaks = json.loads(peak_file.read_text()) if peak_file.is_file() else []
+        left = list(pairs)
+        if method.name in PACKAGES:
+            for pair in pairs:
+                if not (self.work("affine", data_set) / pair["id"] / FIGURES).is_file():
+                    problems[pair["id"]] = "the affine stage that it starts from failed"
+        while left := [pair for pair in left if pair["id"] not in problems]:
+            datalist = folder / "pairs.json"
+            listed = [{key: value for key, value in pair.items() if key != TRUTH} for pair in left]
+            datalist.write_text(json.dumps(listed, indent=1))
+            log = self.folder / "logs" / f"{data_set}__{method.name}.log"
+            done = run_process(self._command(method, data_set, datalist), log=log, threads=self.threads)
+            peaks.append(done["peak_mib"])
+            peak_file.write_text(json.dumps(peaks))
+            problems |= _told_problems(method, folder, left)
+            left = [pair for pair in left if not self._finished(method, folder / pair["id"])]
+            left = [pair for pair in left if pair["id"] not in problems]
+            if left:
+                problems[left[0]["id"]] = f"the process ended with code {done['exit_code']}; see {log}"
+                print(f"  {last_lines(log)}")
+                if not (folder / left[0]["id"]).exists() and method.configs:  # it never came as far as a pair
+                    problems |= {pair["id"]: problems[left[0]["id"]] for pair in left}
+        return problems, max(peaks) if peaks else None
+
+    @staticmethod
+    def _finished(method: Method, folder: Path) -> bool:
+        return (folder / "metrics.json").is_file() if method.configs else is_finished(folder)
+
+    def _command(self, method: Method, data_set: str, datalist: Path) -> list[str]:
+        folder = datalist.parent
+        if method.configs:
+            overlay = write_overlay(folder / "options.json", method.options_for(data_set))
+            files = json.dumps([str(path) for path in (*method.configs, overlay)])
+            command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
+            command += ["--weights", str(method.weights_for(data_set).absolute())]
+        else:
+            command = [sys.executable, "-m", "benchmarks._peers", method.name]
+            command += ["--affine_dir", str(self.work("affine", data_set))]
+        command += ["--datalist", str(datalist), "--output_dir", str(folder)]
+        if method.name == "syn":
+            command += ["--syn_iterations", *map(str, self.syn_iterations)]
+        return command
+
+
+def run_process(command: Sequence[str], *, log: Path, threads: int) -> dict[str, Any]:
+    """Run a command from the repository's root, its words into a file.
+
+    Returns:
+        `exit_code`, and `peak_mib`, the largest resident set that the system saw (`getrusage`).
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    report = log.with_suffix(".json")
+    report.unlink(missing_ok=True)
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": path}
+    with open(log, "a") as file:
+        launcher = [sys.executable, "-S", "-c", _LAUNCHER, str(report), *command]
+        process = subprocess.Popen(
+            launcher, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
+        )
+        try:
+            process.wait()
+        except BaseException:  # Ctrl-C, or the signal below: the method's own process has to end as well
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    try:
+        return json.loads(report.read_text())
+    except OSError:
+        raise SystemExit(f"error: the process was stopped; see {log}") from None
+    finally:
+        report.unlink(missing_ok=True)
+
+
+def last_lines(path: Path, count: int = 3) -> str:
+    with suppress(OSError):
+        return "\n  ".join(path.read_text(errors="replace").strip().splitlines()[-count:])
+    return ""
+
+
+def _told_problems(method: Method, folder: Path, pairs: Sequence[Pair]) -> dict[str, str]:
+    """What a method itself says of pairs that it could not do."""
+    if method.configs:
+        rows = read_table(folder / "results.csv")
+        return {row["id"]: row["problem"] for row in rows if row.get("status") == "failed"}
+    failed = {pair["id"]: folder / pair["id"] / FAILED for pair in pairs}
+    return {name: path.read_text() for name, path in failed.items() if path.is_file()}
+
+
+# Tables
+
+
+def read_table(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def block_of(pair: str) -> str:
+    """The block of the table that a pair belongs to, by its id."""
+    found = re.match(r"hippocampus|generated|lung_mri", pair)
+    return found[0] if found else pair
+
+
+def values_of(rows: Iterable[Row], figure: str) -> np.ndarray:
+    """A figure of the rows that have it; an infinite one stays (HD95 of a label that vanished)."""
+    return np.array([float(row[figure]) for row in rows if row.get(figure) not in (None, "")], dtype=np.float64)
+
+
+def read_blocks(folder: Path, data_sets: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, list[Row]]]:
+    """Block -> method -> rows, of the methods that are named, in their order."""
+    blocks: dict[str, dict[str, list[Row]]] = {}
+    for data_set in data_sets:
+        for name in names:
+            for row in read_table(folder / "tables" / f"{data_set}__{name}.csv"):
+                blocks.setdefault(block_of(row["id"]), {}).setdefault(name, []).append(row)
+    return blocks
+
+
+def print_blocks(blocks: Mapping[str, Mapping[str, Sequence[Row]]], titles: Mapping[str, str]) -> None:
+    """A table for each block: means over the pairs, and standard deviations where there are several."""
+    for block, methods in blocks.items():
+        every = [row for rows in methods.values() for row in rows]
+        columns = [key for key in FIGURE_NAMES if len(values_of(every, key))]
+        lines = []
+        for name, rows in methods.items():
+            done = [row for row in rows if not row.get("problem")]
+            cells = [_cell(values_of(done, key), key) for key in columns]
+            lines.append([titles.get(name, name), f"{len(done)}/{len(rows)}", *cells])
+        print_table(block, ["method", "pairs", *(FIGURE_NAMES[key] for key in columns)], lines)
+    print("\nmeans +- standard deviations; * without infinite values (a label vanished)")
+    print("folding and SDlogJ: of the deformable stage; seconds: affine stage and registration, without files;")
+    print("peak MiB: highest of the method's process over the data set")
+    for note in _notes(blocks, titles):
+        print(note)
+
+
+def _cell(values: np.ndarray, figure: str) -> str | None:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return None
+    digits = _DIGITS.get(figure, 3)
+    if figure == "peak_mib":
+        return f"{finite.max():.{digits}f}"
+    text = f"{finite.mean():.{digits}f}"
+    if len(finite) > 1:
+        text += f" +- {finite.std():.{digits}f}"
+    return text + ("*" if len(finite) < len(values) else "")
+
+
+def _notes(blocks: Mapping[str, Mapping[str, Sequence[Row]]], titles: Mapping[str, str]) -> list[str]:
+    """What methods said of their settings, each once."""
+    found: dict[str, list[str]] = {}
+    for block, methods in blocks.items():
+        for name, rows in methods.items():
+            for note in dict.fromkeys(row.get("note") or "" for row in rows):
+                if note and not note.startswith("network grid"):
+                    found.setdefault(f"{titles.get(name, name)}: {note}", []).append(block)
+    return [f"{note} ({', '.join(dict.fromkeys(where))})" for note, where in found.items()]
+
+
+def describe_versions() -> str:
+    texts = []
+    for name in _VERSIONS:
+        try:
+            texts.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            texts.append(f"no {name}")
+    return ", ".join(texts)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scans = os.environ.get("REGISTRATION_TEST_DATA", "../shared/data")
+    parser.add_argument("--scans", type=Path, default=Path(scans), help="folder of the test scans")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--data", type=_names, default=DATA_SETS, help=f"of {','.join(DATA_SETS)}")
+    parser.add_argument(
+        "--methods", type=_names, help="zero,affine,syn,convexadam,recorr,recorr+io,...; all by default"
+    )
+    parser.add_argument("--hippocampus", type=int, default=40, help="number of pairs, 40 at most")
+    parser.add_argument("--generated", type=int, default=20, help="number of generated pairs")
+    parser.add_argument("--generated_shape", type=int, nargs=3, default=(96, 96, 96), metavar=("D", "H", "W"))
+    parser.add_argument("--weights", nargs="+", default=[], metavar="BUNDLE=PATH")
+    parser.add_argument(
+        "--hippocampus_weights", nargs="+", default=[], metavar="BUNDLE=PATH", help="default models/hippocampus.pt"
+    )
+    parser.add_argument(
+        "--affine", nargs="+", default=[], metavar="MODE", help="of bundles on the Hippocampus; MODE or BUNDLE=MODE"
+    )
+    parser.add_argument(
+        "--hippocampus_options",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="for the bundles' inference.json on the Hippocampus, for instance spacing=1.0 or recorr.spacing=1.0",
+    )
+    parser.add_argument("--instance_optimization", type=int, help="steps; each bundle's own default")
+    parser.add_argument("--voxelmorph", type=Path, help="weights of benchmarks._voxelmorph")
+    parser.add_argument("--syn_iterations", type=int, nargs="+", default=SYN_ITERATIONS, help="coarse to fine")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every method")
+    parser.add_argument("--keep", action="store_true", help="keep what the methods write")
+    parser.add_argument("--retry", action="store_true", help="try pairs again that failed")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--plot", action="store_true", help="draw what is there, run nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    for name in options.data:
+        if name not in DATA_SETS:
+            raise SystemExit(f"error: --data knows {', '.join(DATA_SETS)}, not '{name}'")
+    options.output_dir = options.output_dir.absolute()
+    print(f"{describe_machine()}; {options.threads} threads for each method")
+    print(describe_versions())
+    methods = find_methods(options)
+    known = {method.name for method in methods} | {method.name.removesuffix("+io") for method in methods}
+    for name in set(options.methods or ()) - known:
+        print(f"there is no method '{name}' to run")
+    comparison = Comparison(
+        options.output_dir,
+        threads=options.threads,
+        keep=options.keep,
+        retry=options.retry,
+        syn_iterations=options.syn_iterations,
+    )
+    if options.table or options.plot:
+        for data_set in options.data:
+            for method in methods:
+                if has_weights(method, data_set) and comparison.has_other_settings(method, data_set):
+                    print(f"{data_set}: {method.title} was made with other settings or weights than these")
+    else:
+        run(comparison, options, methods)
+    titles = {method.name: method.title for method in methods}
+    blocks = read_blocks(options.output_dir, options.data, list(titles))
+    if not blocks:
+        raise SystemExit(f"error: there are no results in {options.output_dir}")
+    if options.plot:
+        from benchmarks._plots import draw
+
+        for path in draw(blocks, titles, options.output_dir):
+            print(path)
+    else:
+        print_blocks(blocks, titles)
+
+
+def has_weights(method: Method, data_set: str) -> bool:
+    return not method.configs or method.weights_for(data_set).is_file()
+
+
+def run(comparison: Comparison, options: argparse.Namespace, methods: Sequence[Method]) -> None:
+    """All methods on all data sets, one data set after the other."""
+    folder, scans = options.output_dir, options.scans.absolute()
+    for data_set in options.data:
+        if data_set != "generated" and not scans.is_dir():
+            print(f"{data_set} is left out: there is no folder of test scans {scans}")
+            continue
+        if data_set == "hippocampus":
+            pairs = hippocampus_pairs(scans, options.hippocampus)
+        elif data_set == "real":
+            pairs = real_pairs(scans, folder / "pairs")
+        else:
+            pairs = generated_pairs(folder / "pairs", options.generated, options.generated_shape)
+        for method in methods:
+            if not has_weights(method, data_set):
+                continue  # said before
+            if method.name in PACKAGES:
+                comparison.compare(Method("affine", "affine (ours)"), data_set, pairs)
+            comparison.compare(method, data_set, pairs)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped"))
+    main()
