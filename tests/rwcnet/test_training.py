@@ -363,7 +363,8 @@ class TestOverlays:
         run = plain("hippocampus")
         loss = part(run, "loss")
         assert isinstance(loss.similarity, MSELoss)
-        assert (loss.similarity_weight, loss.smoothness_weight, loss.label_weight) == (10, 0.1, 1)
+        assert (loss.similarity_weight, loss.smoothness_weight, loss.label_weight) == (10, 0.2, 1)
+        assert loss.folding_weight == 200
         assert loss.soft_dice.labels == (1, 2)
         batch = part(run, "train#prepare_batch")
         assert (batch.labels, batch.spacing, batch.cache) == ([1, 2], [1.0, 1.0, 1.0], None)
