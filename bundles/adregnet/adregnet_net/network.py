@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adregnet_net.attention import BidirectionalCrossAttention, RegionalAdaptiveAttention
 from adregnet_net.backbone import SMALL, SharedUNet
+from common.layers.contract import check_pair
 from common.precision import float32_below
 
 __all__ = ["ADRegNet", "FieldFusion", "LevelFeatures"]
@@ -175,12 +176,7 @@ class ADRegNet(nn.Module):
         return [d[:batch] for d in pyramid], [d[batch:] for d in pyramid]
 
     def _check(self, image: Tensor) -> None:
-        if image.ndim != 5 or image.shape[1] != 2:
-            raise ValueError(f"AD-RegNet needs an image (B, 2, D, H, W), got {tuple(image.shape)}")
-        if any(size % self.stride for size in image.shape[2:]):
-            raise ValueError(
-                f"AD-RegNet needs sizes that are multiples of its stride {self.stride}, got {tuple(image.shape[2:])}"
-            )
+        check_pair(image, network="AD-RegNet", stride=self.stride)
         if all(size == self.stride for size in image.shape[2:]):  # instance normalisation of one voxel
             raise ValueError(
                 f"AD-RegNet needs two voxels or more at its stride {self.stride}, got {tuple(image.shape[2:])}"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.geometry.fields import exponentiate
+from common.layers.contract import check_pair
 from common.layers.correlation import LocalCorrelation
 from common.layers.motion import FlowHead, MotionEncoder
 from common.layers.recurrent import SepConvGRU
@@ -180,7 +181,7 @@ class ReCorr(nn.Module):
         return self._register(image, keep_sequence=True)
 
     def _register(self, image: Tensor, *, keep_sequence: bool) -> list[Tensor]:
-        self._check(image)
+        check_pair(image, network="ReCorr", stride=self.stride)
         scaled = 2 * image - 1
         both = torch.cat([scaled[:, 1:], scaled[:, :1]])  # (2B, 1, D, H, W): fixed, moving; joint batch statistics
         pyramid = [torch.chunk(features, 2) for features in self.encoder(both)]
@@ -207,14 +208,6 @@ class ReCorr(nn.Module):
         full_fixed, full_moving = pyramid[0]  # (B, 16, D, H, W)
         sequence.append(self.final_flow(full_fixed, full_moving, ddf))
         return sequence
-
-    def _check(self, image: Tensor) -> None:
-        if image.ndim != 5 or image.shape[1] != 2:
-            raise ValueError(f"ReCorr needs an image (B, 2, D, H, W), got {tuple(image.shape)}")
-        if any(size % self.stride for size in image.shape[2:]):
-            raise ValueError(
-                f"ReCorr needs sizes that are multiples of its stride {self.stride}, got {tuple(image.shape[2:])}"
-            )
 
 
 def _upsample(ddf: Tensor, scale: int) -> Tensor:

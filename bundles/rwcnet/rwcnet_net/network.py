@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.geometry.fields import compose
+from common.layers.contract import check_pair
 from common.layers.patches import Box, PatchGrid
 from common.layers.warp import warp
 from rwcnet_net.subnetwork import Features, SubNetwork, Variant
@@ -259,7 +260,7 @@ class RWCNet(nn.Module):
 
     def view(self, image: Tensor, stage: int, prior: StageState | None) -> StageView:
         """A pair (B, 2, D, H, W) as a stage sees it."""
-        self._check(image)
+        check_pair(image, network="RWCNet", stride=self.stride)
         moving, fixed = torch.split(self.to_stage(image, stage), 1, dim=1)
         ratio = self.scales[stage - 1] // self.scales[stage] if prior is not None else 1
         return StageView(stage=stage, fixed=fixed, moving=moving, prior=prior, ratio=ratio, mode=self.mode)
@@ -302,14 +303,6 @@ class RWCNet(nn.Module):
     def _at_full_resolution(self, ddf: Tensor, stage: int) -> Tensor:
         scale = self.scales[stage]
         return _upsample(ddf, scale, self.mode) * scale
-
-    def _check(self, image: Tensor) -> None:
-        if image.ndim != 5 or image.shape[1] != 2:
-            raise ValueError(f"RWCNet needs an image (B, 2, D, H, W), got {tuple(image.shape)}")
-        if any(size % self.stride for size in image.shape[2:]):
-            raise ValueError(
-                f"RWCNet needs sizes that are multiples of its stride {self.stride}, got {tuple(image.shape[2:])}"
-            )
 
 
 def _upsample(volume: Tensor, ratio: int, mode: str) -> Tensor:
