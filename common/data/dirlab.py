@@ -15,12 +15,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from monai.data import ImageReader
 from monai.transforms.io.array import SUPPORTED_READERS
 
+from common.data._arrays import ArrayReader
 from common.data._rows import Item, PathLike, read_text
 from common.errors import InputError
 from common.geometry.spaces import swap_lps_ras
@@ -200,37 +199,21 @@ def read_dirlab_landmarks(path: PathLike) -> np.ndarray:
     return np.array(points, dtype=np.float64) - 1
 
 
-class DirLabReader(ImageReader):
+class DirLabReader(ArrayReader):
     """MONAI's `LoadImage` reads DIR-Lab's scans by it, once `common.data` is imported; see `read_dirlab_image`."""
 
-    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Whether the name, not the extension alone, is one of DIR-Lab's: others use .img as well."""
-        return all(_IMAGE.fullmatch(Path(name).name) for name in _listed(filename))
+    def knows(self, name: str) -> bool:
+        """By the whole name: others use .img as well."""
+        return _IMAGE.fullmatch(Path(name).name) is not None
 
-    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> tuple[np.ndarray, DirLabCase]:
-        """One volume and its case."""
-        (path,) = _listed(data)
-        return read_dirlab_image(path)
-
-    def get_data(self, img: tuple[np.ndarray, DirLabCase]) -> tuple[np.ndarray, dict[str, Any]]:
-        """The array and what MONAI wants to know of it."""
-        volume, case = img
-        affine = swap_lps_ras(np.diag([*case.spacing, 1.0]))  # MONAI's are RAS
-        return volume, {
-            "affine": affine,
-            "original_affine": affine.copy(),
-            "spatial_shape": np.array(case.shape),
-            "space": "RAS",
-            "original_channel_dim": float("nan"),  # MONAI's word for none
-        }
+    def load(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """One volume."""
+        volume, case = read_dirlab_image(name)
+        return volume, swap_lps_ras(np.diag([*case.spacing, 1.0]))
 
 
 # The place for readers of one's own, says MONAI; a LoadImaged that a config makes later on chooses by file name.
 SUPPORTED_READERS["dirlabreader"] = DirLabReader
-
-
-def _listed(names: Sequence[PathLike] | PathLike) -> list[PathLike]:
-    return [names] if isinstance(names, str | os.PathLike) else list(names)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from monai.data import ImageReader
 from monai.transforms.io.array import SUPPORTED_READERS
 
+from common.data._arrays import ArrayReader
 from common.data._pickles import read_pickled_arrays
 from common.data._rows import Item, PathLike
 from common.errors import InputError
@@ -152,36 +150,21 @@ def remap_ixi_labels(label: np.ndarray) -> np.ndarray:
     return np.where(numbers[at] == label, at, 0).astype(np.int16)
 
 
-class IxiReader(ImageReader):
+class IxiReader(ArrayReader):
     """MONAI's `LoadImage` reads IXI's pickles by it, once `common.data` is imported; see `read_ixi_scan`."""
 
-    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
-        """Whether it is a pickle, or the labels of one."""
-        return all(os.fspath(name).removesuffix(_LABEL).endswith(".pkl") for name in _listed(filename))
+    def knows(self, name: str) -> bool:
+        """A pickle, or the labels of one."""
+        return name.removesuffix(_LABEL).endswith(".pkl")
 
-    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> np.ndarray:
+    def load(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The image, or the labels."""
-        (name,) = (os.fspath(name) for name in _listed(data))
         image, label = read_ixi_scan(name.removesuffix(_LABEL))
-        return label if name.endswith(_LABEL) else image
-
-    def get_data(self, img: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        """The array and what MONAI wants to know of it."""
-        return img, {
-            "affine": np.eye(4),
-            "original_affine": np.eye(4),
-            "spatial_shape": np.array(img.shape),
-            "space": "RAS",
-            "original_channel_dim": float("nan"),  # MONAI's word for none
-        }
+        return (label if name.endswith(_LABEL) else image), np.eye(4)
 
 
 # The place for readers of one's own, says MONAI; a LoadImaged that a config makes later on chooses by file name.
 SUPPORTED_READERS["ixireader"] = IxiReader
-
-
-def _listed(names: Sequence[PathLike] | PathLike) -> list[PathLike]:
-    return [names] if isinstance(names, str | os.PathLike) else list(names)
 
 
 def _is_section(folder: Path) -> bool:
