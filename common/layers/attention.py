@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.precision import float32_region
+
 __all__ = ["positional_attention"]
 
 _MASKED = -1e9  # logit of what lies outside the volume, below that of any voxel
@@ -49,7 +51,7 @@ def positional_attention(
     if window is not None and window < 1:
         raise ValueError(f"a window needs at least one voxel a side, got {window}")
     sides = list(size) if window is None else [window] * 3
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    with float32_region(query):
         q, k, v = (_tokens(x.float(), heads, sides) for x in (query, key, value))  # (B n, heads, T, c)
         position = _positions(sides, q)  # (T, 3)
         locality = locality.float().view(heads, 1, 1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.precision import float32_region
+
 __all__ = ["LocalCorrelation", "correlation_offsets", "local_correlation"]
 
 Metric = Literal["dot", "ssd", "sad"]
@@ -82,7 +84,7 @@ def local_correlation(
     divisors = {"none": 1.0, "channels": float(channels), "sqrt_channels": math.sqrt(channels)}
     if normalization not in divisors:
         raise ValueError(f"normalization must be one of {sorted(divisors)}, got {normalization!r}")
-    with torch.autocast(device_type=fixed.device.type, enabled=False):
+    with float32_region(fixed):
         mode = "replicate" if padding == "replicate" else "constant"
         padded = F.pad(moving.float(), (radius,) * 6, mode=mode) if radius else moving.float()
         volume: Tensor = _WindowedMatch.apply(

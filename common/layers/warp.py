@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.precision import float32_region
+
 __all__ = ["sample_at", "warp"]
 
 # Below this many output voxels a second thread costs more than it brings.
@@ -40,7 +42,7 @@ def warp(image: Tensor, ddf: Tensor, *, mode: str = "bilinear", padding_mode: st
             f"warp needs an image (B, C, D, H, W) and a ddf (B, 3, D, H, W) of one batch size, "
             f"got {tuple(image.shape)} and {tuple(ddf.shape)}"
         )
-    with torch.autocast(device_type=image.device.type, enabled=False):
+    with float32_region(image):
         grid = _sampling_grid(ddf.float(), image.shape[2:])  # (B, D', H', W', 3)
         warped = _sample(image.float(), grid, mode, padding_mode)
     return warped.to(image.dtype)
@@ -58,7 +60,7 @@ def sample_at(image: Tensor, points: Tensor) -> Tensor:
     """
     size = points.new_tensor([max(n - 1, 1) for n in image.shape[2:]])
     grid = (2 * points / size - 1).flip(-1).view(1, -1, 1, 1, 3)
-    with torch.autocast(device_type=image.device.type, enabled=False):
+    with float32_region(image):
         values = F.grid_sample(image.float(), grid.float(), padding_mode="border", align_corners=True)
     return values[0, :, :, 0, 0].T
 

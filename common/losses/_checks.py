@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["box_mean", "centre_crop", "check_field", "check_images", "float32_region", "masked_mean"]
+__all__ = ["box_mean", "centre_crop", "check_field", "check_images", "masked_mean"]
 
 
 def check_images(fixed: Tensor, warped: Tensor, mask: Tensor | None = None, *, window: int = 1) -> None:
@@ -35,11 +35,6 @@ def check_field(ddf: Tensor) -> None:
     """
     if ddf.ndim != 5 or ddf.shape[1] != 3:
         raise ValueError(f"a displacement field must be (B, 3, D, H, W), got {tuple(ddf.shape)}")
-
-
-def float32_region(reference: Tensor) -> torch.autocast:
-    """Context that switches autocast off on the device of `reference`: variances and Jacobians need float32."""
-    return torch.autocast(device_type=reference.device.type, enabled=False)
 
 
 def box_mean(volume: Tensor, window: int) -> Tensor:

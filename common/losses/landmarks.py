@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from common.geometry.spaces import sample_points
-from common.losses._checks import check_field, float32_region
+from common.losses._checks import check_field
+from common.precision import float32_region
 
 __all__ = ["LandmarkLoss"]
 

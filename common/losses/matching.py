@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from common.layers.correlation import correlation_offsets
 from common.layers.warp import sample_at
-from common.losses._checks import check_field, float32_region
+from common.losses._checks import check_field
+from common.precision import float32_region
 
 __all__ = ["MatchingLoss"]
 

@@ -9,7 +9,8 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from common.layers.warp import warp
-from common.losses._checks import check_field, float32_region
+from common.losses._checks import check_field
+from common.precision import float32_region
 
 __all__ = ["SoftDiceLoss"]
 

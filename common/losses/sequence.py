@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.losses._checks import check_field, float32_region, masked_mean
+from common.losses._checks import check_field, masked_mean
+from common.precision import float32_region
 
 __all__ = ["EndpointErrorLoss", "SequenceLoss"]
 

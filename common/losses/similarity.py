@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses._checks import box_mean, centre_crop, check_images, float32_region, masked_mean
+from common.losses._checks import box_mean, centre_crop, check_images, masked_mean
+from common.precision import float32_region
 
 __all__ = [
     "LocalNCC",

@@ -8,7 +8,8 @@ import monai.losses
 from torch import Tensor, nn
 
 from common.geometry.fields import jacobian_determinant
-from common.losses._checks import check_field, float32_region
+from common.losses._checks import check_field
+from common.precision import float32_region
 
 __all__ = ["BendingEnergyLoss", "GradientLoss", "NegativeJacobianLoss"]
 

@@ -15,6 +15,7 @@ from common.layers.motion import FlowHead, MotionEncoder
 from common.layers.recurrent import ConvGRU
 from common.layers.warp import warp
 from common.losses import mind_ssc
+from common.precision import float32_region
 
 __all__ = ["FeatureEncoder", "SubNetwork", "UpdateBlock", "Variant"]
 
@@ -45,7 +46,7 @@ class FeatureEncoder(nn.Module):
         """(B, in, D, H, W) -> (B, out, D, H, W)."""
         d, h, w = image.shape[2:]
         padding = (0, -w % 8, 0, -h % 8, 0, -d % 8)
-        with torch.autocast(device_type=image.device.type, enabled=False):
+        with float32_region(image):
             image = image.float()
             features = self.network(F.pad(image, padding, mode="replicate") if any(padding) else image)
         return features[:, :, :d, :h, :w]
