@@ -211,8 +211,7 @@ def _network_rows(
             print(f"{name} is left out: there are no weights {weights['']}")
             return []
         print(f"{name} is left out but for the Hippocampus: there are no weights {weights['']}")
-    steps = {} if options.instance_optimization is None else {"instance_optimization": options.instance_optimization}
-    count = options.instance_optimization or json.loads(configs[0].read_text())["instance_optimization"]
+    count = options.instance_optimization
     # Four passes for an estimate of the uncertainty that no other method makes, and a picture: not of this comparison.
     plain = {"report": False, "uncertainty": False}
     used = {data_set or "all": path for data_set, path in weights.items() if path.is_file()}
@@ -228,8 +227,8 @@ def _network_rows(
         if bundle in ("", name):
             hippocampus[option] = _parsed(value)
     rows = []
-    for suffix, title, settings in (("", "", {"instance_optimization": 0}), ("+io", f" + {count} steps", steps)):
-        by_data = {"": {**plain, **settings}, "hippocampus": hippocampus}
+    for suffix, title, steps in (("", "", 0), ("+io", f" + {count} steps", count)):
+        by_data = {"": {**plain, "instance_optimization": steps}, "hippocampus": hippocampus}
         rows.append(Method(name + suffix, name + title, configs, weights, by_data))
     return rows
 
@@ -583,7 +582,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OPTION=VALUE",
         help="for the bundles' inference.json on the Hippocampus, for instance spacing=1.0 or recorr.spacing=1.0",
     )
-    parser.add_argument("--instance_optimization", type=int, help="steps; each bundle's own default")
+    parser.add_argument("--instance_optimization", type=int, default=20, help="steps, of the rows with it")
     parser.add_argument("--voxelmorph", type=Path, help="weights of benchmarks._voxelmorph")
     parser.add_argument("--syn_iterations", type=int, nargs="+", default=SYN_ITERATIONS, help="coarse to fine")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every method")

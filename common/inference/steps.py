@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor
 
+from common.errors import InputError
 from common.geometry.spaces import Grid, itk_to_array, resample_to_grid, swap_lps_ras
 from common.inference.affine import AffineMode, align_affine
 from common.inference.inferer import choose_network_grid
@@ -43,6 +44,9 @@ __all__ = [
     "SampleNetworkGridd",
     "WriteRegistrationd",
 ]
+
+CT_STEPS = 20
+"""Of instance optimisation, where it is left to the images."""
 
 Data = dict[Hashable, Any]
 
@@ -149,7 +153,8 @@ class OptimizeInstanced(Transform):
     """Instance optimisation of the network's field; see `optimize_instance`.
 
     Args:
-        iterations: Adam steps; 0 leaves the field as it is.
+        iterations: Adam steps; 0 leaves the field as it is; "auto" is `CT_STEPS` for two CT images and 0 for others:
+            RWCNet's paper sees it help lungs and harm brains, and so do the pairs of `benchmarks.real_pairs`.
         similarity: "mind" or "ncc".
         smoothness: weight of the diffusion term.
         learning_rate: of Adam.
@@ -158,7 +163,7 @@ class OptimizeInstanced(Transform):
     def __init__(
         self,
         *,
-        iterations: int = 0,
+        iterations: int | Literal["auto"] = 0,
         similarity: InstanceSimilarity = "mind",
         smoothness: float = 1.25,
         learning_rate: float = 0.1,
@@ -173,11 +178,18 @@ class OptimizeInstanced(Transform):
         if "network_started" in result:
             network = time.perf_counter() - result["network_started"]
             result["seconds"] = {**result["seconds"], "network": network}
+        steps = self.iterations
+        if isinstance(steps, bool) or not (isinstance(steps, int) or steps == "auto"):
+            raise InputError(f"instance optimisation takes a number of steps or auto, got {steps!r}")
+        if steps == "auto":
+            pair: ImagePair = result["pair"]
+            steps = CT_STEPS if pair.fixed_modality == pair.moving_modality == "ct" else 0
+        result["instance_steps"] = steps
         with _timed(result, "instance_optimization"):
             result["pred"] = optimize_instance(
                 _unbatched(result["image"]),
                 _unbatched(result["pred"]),
-                iterations=self.iterations,
+                iterations=steps,
                 similarity=self.similarity,
                 smoothness=self.smoothness,
                 learning_rate=self.learning_rate,
@@ -249,6 +261,7 @@ class WriteRegistrationd(Transform):
             seconds=result.get("seconds", {}),
             settings={
                 **self.settings,
+                **({"instance_optimization": result["instance_steps"]} if "instance_steps" in result else {}),
                 "weights_sha256": file_sha256(self.weights) if self.weights else None,
                 "fixed": str(result.get("fixed")),
                 "moving": str(result.get("moving")),

@@ -216,6 +216,11 @@ def negative_iterations(folder: Path, arguments: Arguments) -> str:
     return "negative, got -1"
 
 
+def many_iterations(folder: Path, arguments: Arguments) -> str:
+    arguments["instance_optimization"] = "many"
+    return "a number of steps or auto, got 'many'"
+
+
 def unknown_similarity(folder: Path, arguments: Arguments) -> str:
     arguments["instance_optimization"] = 1
     arguments["instance_similarity"] = "ssd"
@@ -248,7 +253,8 @@ CASES: list[Case] = [
     landmarks_of_two_columns, landmarks_of_other_number, moving_landmarks_alone,
     weights_of_another_network, missing_weights, text_weights, weights_with_code,
     output_under_a_file, output_not_writable, no_output, no_moving_image,
-    unknown_affine, unknown_modality, negative_spacing, tiny_spacing, negative_iterations, unknown_similarity,
+    unknown_affine, unknown_modality, negative_spacing, tiny_spacing, negative_iterations, many_iterations,
+    unknown_similarity,
     missing_list, list_with_a_wrong_column, list_and_pair,
 ]  # fmt: skip
 

@@ -19,6 +19,7 @@ from known_pair import BUNDLE, CONFIG, Known, apply
 
 from common.geometry.spaces import Grid, itk_to_array
 from common.inference import ImagePair, Registration, file_sha256, load_pair
+from common.inference.steps import CT_STEPS
 from common.io import transform_points
 
 Register = Callable[..., None]
@@ -315,6 +316,15 @@ class TestOptions:
             assert figure["deformation"]["folding_percent"] < 0.5
         assert figures[0]["deformation"]["mean_mm"] != figures[1]["deformation"]["mean_mm"]
         assert figures[1]["settings"]["instance_optimization"] == 40
+
+    @pytest.mark.parametrize(("modality", "steps"), [("mr", 0), ("ct", CT_STEPS)])
+    def test_instance_optimization_is_for_ct_unless_asked_for(
+        self, known: Known, tmp_path: Path, register: Register, modality: str, steps: int
+    ) -> None:
+        register(
+            **known.write(tmp_path), output_dir=str(tmp_path / "out"), modality=modality, affine="none", spacing=4.0
+        )
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["instance_optimization"] == steps
 
     def test_learn2reg_and_no_report(self, known: Known, tmp_path: Path, register: Register) -> None:
         files = known.write(tmp_path)
