@@ -32,6 +32,15 @@ from common.io import (
 __all__ = ["METRICS_FILE", "write_registration"]
 
 METRICS_FILE = "metrics.json"
+_OPTIONAL = (
+    "report.png",
+    "learn2reg.nii.gz",
+    "warped_label.nii.gz",
+    "warped_landmarks.txt",
+    "uncertainty.nii.gz",
+    "uncertainty_levels.nii.gz",
+)
+"""Removed where an earlier registration has left them and this one has none."""
 
 
 def write_registration(
@@ -70,7 +79,7 @@ def write_registration(
     names += ["warped_label.nii.gz"] if registration.warped_label is not None else []
     names += ["warped_landmarks.txt"] if registration.mapped_landmarks is not None else []
     names += ["uncertainty.nii.gz", "uncertainty_levels.nii.gz"] if registration.uncertainty is not None else []
-    with StagedOutput(output_dir, names) as stage:
+    with StagedOutput(output_dir, names, obsolete=_OPTIONAL) as stage:
         write_image(registration.warped, stage / "warped.nii.gz")
         write_transform(
             stage / "transform.h5",

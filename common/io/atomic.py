@@ -98,6 +98,7 @@ class StagedOutput:
     Args:
         output_dir: the folder for the results, made when missing.
         files: plain names of the files that the block writes; no others are moved.
+        obsolete: plain names of files that an earlier result may have left and that do not belong to this one.
 
     Raises:
         OutputError: on entering, when the folder cannot be written to or a folder bears a file's name; on leaving,
@@ -105,9 +106,12 @@ class StagedOutput:
         RuntimeError: on leaving, when the block did not write one of `files`.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], files: Sequence[str]) -> None:
+    def __init__(
+        self, output_dir: str | os.PathLike[str], files: Sequence[str], *, obsolete: Sequence[str] = ()
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.files = tuple(files)
+        self.obsolete = tuple(name for name in obsolete if name not in files)
         self._stage = Path()
 
     def __enter__(self) -> Path:
@@ -146,6 +150,10 @@ class StagedOutput:
                     os.replace(final, backup / name)
                 moved.append(name)
                 os.replace(self._stage / name, final)
+            for name in self.obsolete:
+                if (self.output_dir / name).is_file():
+                    os.replace(self.output_dir / name, backup / name)
+                    moved.append(name)
         except BaseException as error:
             for name in moved:
                 with suppress(OSError):

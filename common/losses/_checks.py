@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InputError
+
 __all__ = ["box_mean", "centre_crop", "check_field", "check_images", "masked_mean"]
 
 
@@ -14,6 +16,7 @@ def check_images(fixed: Tensor, warped: Tensor, mask: Tensor | None = None, *, w
 
     Raises:
         ValueError: naming the offending shapes.
+        InputError: when the window is larger than the volume.
     """
     if fixed.ndim != 5 or fixed.shape != warped.shape:
         raise ValueError(
@@ -24,7 +27,7 @@ def check_images(fixed: Tensor, warped: Tensor, mask: Tensor | None = None, *, w
             f"the mask must be (B, 1, D, H, W) and fit the images {tuple(fixed.shape)}, got {tuple(mask.shape)}"
         )
     if min(fixed.shape[2:]) < window:
-        raise ValueError(f"a window of {window} voxels does not fit into a volume of {tuple(fixed.shape[2:])}")
+        raise InputError(f"a window of {window} voxels does not fit into a volume of {tuple(fixed.shape[2:])}")
 
 
 def check_field(ddf: Tensor) -> None:

@@ -329,6 +329,8 @@ class TestOptions:
     def test_learn2reg_and_no_report(self, known: Known, tmp_path: Path, register: Register) -> None:
         files = known.write(tmp_path)
         out = tmp_path / "out"
+        register(**files, output_dir=str(out), affine="none", spacing=6.0)
+        assert (out / "warped_label.nii.gz").is_file()  # of an earlier registration, which had labels
         register(fixed=files["fixed"], moving=files["moving"], output_dir=str(out), learn2reg=True)
         assert {path.name for path in out.iterdir()} == {
             "warped.nii.gz", "transform.h5", "displacement.nii.gz", "metrics.json", "learn2reg.nii.gz"

@@ -145,3 +145,31 @@ def test_folder_without_permission(tmp_path: Path) -> None:
     locked.mkdir(mode=0o500)
     with pytest.raises(OutputError, match="permission denied"):
         check_output_dir(locked / "out")
+
+
+def test_what_an_earlier_result_left_goes_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a", "old", "mine"):
+        (out / name).write_text("before")
+    with StagedOutput(out, ["a"], obsolete=["a", "old", "never"]) as stage:
+        (stage / "a").write_text("new")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"a": "new", "mine": "before"}
+
+
+def test_it_stays_when_the_new_result_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a", "old"):
+        (out / name).write_text("before")
+    replace = os.replace
+
+    def fail_at_old(source: object, target: object) -> None:
+        if Path(str(source)) == out / "old":
+            raise OSError(5, "Input/output error")
+        replace(str(source), str(target))
+
+    monkeypatch.setattr(os, "replace", fail_at_old)
+    with pytest.raises(OutputError, match="out"), StagedOutput(out, ["a"], obsolete=["old"]) as stage:
+        (stage / "a").write_text("new")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"a": "before", "old": "before"}

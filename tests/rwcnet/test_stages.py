@@ -434,6 +434,8 @@ class TestTarget:
         Stub(network, lambda patch: torch.zeros(1, 3, *patch.fixed.shape[2:]))
         assert StageBatch(network)(pair)[1]["spacing"] == [2.0, 2.0, 2.0]
         assert StageBatch(network, spacing=1.5)(pair)[1]["spacing"] == [3.0, 3.0, 3.0]
+        measured = {**pair, "spacing": torch.tensor([[1.5, 1.0, 2.0]])}  # the pair knows best
+        assert StageBatch(network, spacing=1.5)(measured)[1]["spacing"] == [3.0, 2.0, 4.0]
 
     @pytest.mark.parametrize("stage", [0, 1, 2])
     def test_shapes(self, stage: int) -> None:

@@ -172,7 +172,7 @@ class StageBatch:
     Args:
         network: what is trained.
         labels: values for the soft Dice loss.
-        spacing: mm of the full-resolution grid; 1 mm when None.
+        spacing: mm of the full-resolution grid, where the pair does not say it itself; 1 mm when None.
         swap: probability that fixed and moving scan change places, in the first stage (where the exact field of a
             generated pair is not at hand, which belongs to one direction only).
         cache: of the stages before.
@@ -238,7 +238,8 @@ class StageBatch:
     def _target(self, stage: int, pair: Mapping[str, Any], box: Box) -> dict[str, Any]:
         """What belongs to the fixed image in the box; what belongs to the moving one as a whole."""
         scale = self.network.scales[stage]
-        target: dict[str, Any] = {"spacing": [scale * s for s in self.spacing]}
+        spacing = pair["spacing"].view(-1, 3)[0].tolist() if "spacing" in pair else self.spacing
+        target: dict[str, Any] = {"spacing": [scale * s for s in spacing]}
         if "ddf" in pair:
             exact = self.network.to_stage(pair["ddf"], stage) / scale
             target["ddf"] = exact[(..., *box)] + _origin(box, exact)
