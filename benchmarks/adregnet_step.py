@@ -27,6 +27,7 @@ _KINDS = {
     "training step": (True, False, False),
     "training step, checkpointing": (True, True, False),
     "training step, bfloat16": (True, False, True),
+    "training step, both": (True, True, True),
 }
 """Whether it trains, keeps only some activations, and computes in bfloat16."""
 

@@ -201,6 +201,7 @@ class TrainingRun:
             state = torch.load(self.last_path, map_location="cpu", weights_only=True)
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+            planned = _plan(self.lr_scheduler.state_dict())
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             max_epochs = self.trainer.state.max_epochs
             self.trainer.load_state_dict(state["trainer"])
@@ -208,8 +209,14 @@ class TrainingRun:
             set_random_state(state["random"])
             self._scaler_state = state["scaler"]
             best, best_epoch = state["best"]
+            planned_epochs = state["trainer"]["max_epochs"]
         except Exception as error:  # bytes that are no pickle make the unpickler raise anything
             raise InputError(f"the checkpoint {self.last_path} does not fit this training or is damaged") from error
+        if _plan(state["lr_scheduler"]) != planned and self.trainer.state.epoch < max_epochs:
+            raise InputError(
+                f"the learning rate in {self.last_path} is planned for {planned_epochs} epochs: resume with "
+                f"--max_epochs {planned_epochs}, or start anew from its weights with --initial_weights"
+            )
         self.evaluator.state.best_metric = best
         self.evaluator.state.best_metric_epoch = best_epoch
 
@@ -217,6 +224,12 @@ class TrainingRun:
         # The trainer makes a new loss scaler when its run begins, after the checkpoint was loaded.
         if self._scaler_state and getattr(engine, "scaler", None) is not None:
             engine.scaler.load_state_dict(self._scaler_state)
+
+
+def _plan(scheduler: Mapping[str, Any]) -> list[Any]:
+    """What of a scheduler's state depends on the length of the training."""
+    lambdas = scheduler.get("lr_lambdas", [])
+    return [scheduler.get("total_steps"), *((values or {}).get("bounds") for values in lambdas)]
 
 
 def random_state() -> dict[str, Any]:

@@ -93,6 +93,16 @@ class TestResume:
         again.run()
         assert_same(torch.load(tmp_path / "out" / "last.pt", weights_only=True), before)
 
+    def test_of_another_length_is_refused_where_the_learning_rate_was_planned(
+        self, training: Training, tmp_path: Path
+    ) -> None:
+        training(max_epochs=1).run()
+        before = (tmp_path / "out" / "last.pt").read_bytes()
+        with pytest.raises(SystemExit) as caught:
+            training(max_epochs=2, resume=True).run()
+        assert "planned for 1 epochs: resume with --max_epochs 1, or start anew" in str(caught.value.code)
+        assert (tmp_path / "out" / "last.pt").read_bytes() == before
+
     def test_without_a_checkpoint(self, training: Training, tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as caught:
             training(resume=True).run()
