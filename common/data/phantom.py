@@ -43,15 +43,15 @@ _SHIFT = np.array([6.0, -5.0, 4.0])
 _CHECKED_POINTS = 4000
 
 
-def true_transform(points: np.ndarray) -> np.ndarray:
+def true_transform(points: np.ndarray, rotation: float = _ROTATION_DEGREES) -> np.ndarray:
     """Fixed LPS mm -> moving LPS mm, (N, 3): smooth bumps, then a rotation about the body axis and a shift."""
     moved = points.astype(np.float64).copy()
     for centre, width, vector in _BUMPS:
         weight = np.exp(-0.5 * ((points - np.array(centre)) ** 2).sum(1) / (width / 1.5) ** 2)
         moved += weight[:, None] * np.array(vector)
-    angle = np.radians(_ROTATION_DEGREES)
-    rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    return moved @ rotation.T + _SHIFT
+    angle = np.radians(rotation)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    return moved @ turn.T + _SHIFT
 
 
 def head(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,11 +78,12 @@ def _texture(points: np.ndarray) -> np.ndarray:
     return 0.6 * coarse + 0.4 * fine
 
 
-def create(folder: str) -> None:
+def create(folder: str, rotation: float = _ROTATION_DEGREES) -> None:
     """Write fixed and moving image and label; the two differ in shape, spacing, orientation and origin.
 
     Args:
         folder: made when missing.
+        rotation: of one head against the other about the body axis, degrees.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
@@ -91,19 +92,20 @@ def create(folder: str) -> None:
     for name, grid in (("fixed", fixed_grid), ("moving", moving_grid)):
         voxels = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1).reshape(-1, 3)
         points = grid.to_physical(voxels)
-        intensity, label = head(true_transform(points) if name == "fixed" else points)
+        intensity, label = head(true_transform(points, rotation) if name == "fixed" else points)
         intensity = 1000 * (intensity + generator.normal(0, 0.01, len(intensity)))
         write_image(array_to_itk(intensity.reshape(grid.shape).astype(np.float32), grid), f"{folder}/{name}.nii.gz")
         write_image(array_to_itk(label.reshape(grid.shape), grid), f"{folder}/{name}_label.nii.gz")
     print(f"phantom pair in {folder}")
 
 
-def check(folder: str, result: str | None = None) -> None:
+def check(folder: str, result: str | None = None, rotation: float = _ROTATION_DEGREES) -> None:
     """Print the endpoint error inside the fixed phantom, in mm, before and after a registration.
 
     Args:
         folder: where `create` wrote the pair.
         result: where the registration wrote its results; `folder`/result by default.
+        rotation: what `create` was given.
     """
     result = result or f"{folder}/result"
     try:
@@ -115,7 +117,7 @@ def check(folder: str, result: str | None = None) -> None:
     inside = np.argwhere(itk_to_array(read_image(f"{folder}/fixed_label.nii.gz")) > 0)
     chosen = np.random.default_rng(0).choice(len(inside), _CHECKED_POINTS, replace=False)
     points = grid.to_physical(inside[chosen])
-    truth = true_transform(points)
+    truth = true_transform(points, rotation)
     before = np.linalg.norm(points - truth, axis=1)
     after = np.linalg.norm(transform_points(transform, points) - truth, axis=1)
     print(f"endpoint error inside the head: before {before.mean():.2f} mm, after {after.mean():.2f} mm (mean)")
