@@ -347,6 +347,14 @@ class TestFeatures:
         assert not torch.equal(plain["image"], other["image"])
         assert float(other["image"].min()) >= 0 and float(other["image"].max()) <= 1
 
+    def test_motion_scales_all_of_it(self) -> None:
+        lengths = []
+        for factor in (0.0, 0.1, 0.999):
+            ddf = pair(3, replace(SyntheticRecipe(), motion=(factor, factor)))["ddf"]
+            lengths.append(float(ddf.norm(dim=0).mean()))
+        assert lengths[0] < 1e-5
+        assert lengths[1] == pytest.approx(0.1 * lengths[2], rel=0.2)
+
     def test_soft_edges(self) -> None:
         sharp, soft = (pair(2, replace(CLEAN, background=0.0, softness=(s, s)))["image"][0] for s in (0.0, 1.5))
         steps = [float(image.diff(dim=0).abs().quantile(0.99)) for image in (sharp, soft)]

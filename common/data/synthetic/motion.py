@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def random_field(shape: Sequence[int], *, generator: torch.Generator, recipe: Sy
 
 def draw_field(size: Size, recipe: SyntheticRecipe, draw: Draw) -> Tensor:
     """Exact field (3, D, H, W) in voxels: random diffeomorphism, then random affine about the centre."""
+    recipe = _scaled(recipe, draw)
     # At half size: scaling and squaring is seven samplings, and the field is smooth.
     half = (max(8, size[0] // 2), max(8, size[1] // 2), max(8, size[2] // 2))
     velocity = torch.zeros((3, *half), device=draw.device)
@@ -40,6 +42,22 @@ def draw_field(size: Size, recipe: SyntheticRecipe, draw: Draw) -> Tensor:
     position = torch.stack(torch.meshgrid(*axes, indexing="ij")) + ddf  # (3, D, H, W), from the centre
     residual = matrix - torch.eye(3, device=draw.device)
     return ddf + torch.einsum("xc,cijk->xijk", residual, position) + shift.view(3, 1, 1, 1)
+
+
+def _scaled(recipe: SyntheticRecipe, draw: Draw) -> SyntheticRecipe:
+    """The recipe with its motion made smaller or larger as a whole."""
+    if recipe.motion == (1.0, 1.0):  # draws nothing, see `Draw.chance`
+        return recipe
+    factor = draw.uniform(*recipe.motion)
+    low, high = recipe.field_strength
+    return replace(
+        recipe,
+        field_strength=(factor * low, factor * high),
+        rotation=factor * recipe.rotation,
+        scaling=factor * recipe.scaling,
+        shear=factor * recipe.shear,
+        translation=factor * recipe.translation,
+    )
 
 
 def _random_matrix(recipe: SyntheticRecipe, draw: Draw) -> Tensor:

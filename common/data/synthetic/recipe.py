@@ -37,6 +37,7 @@ class SyntheticRecipe:
         artefacts: probability, for each image, of a ghost, of uneven slices or of stripes.
         missing: probability, for each image, that its field of view ends early at one side.
         missing_part: how much of the axis is then blank.
+        motion: factor of all of the following but the slide, so that pairs that are all but aligned are seen as well.
         field_scales: voxels between the control points of the velocity field.
         field_strength: standard deviation of the velocity at each scale, as a fraction of that scale.
         sliding: probability that the inside of a cylinder of random outline slides along its axis.
@@ -69,6 +70,7 @@ class SyntheticRecipe:
     artefacts: float = 0.0
     missing: float = 0.0
     missing_part: tuple[float, float] = (0.05, 0.3)
+    motion: tuple[float, float] = (1.0, 1.0)
     field_scales: tuple[float, ...] = (8.0, 16.0, 32.0)
     field_strength: tuple[float, float] = (0.02, 0.2)
     sliding: float = 0.0
