@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from benchmarks.accuracy import FIGURE_NAMES, values_of
+from benchmarks._accuracy_tables import FIGURE_NAMES, values_of
 from common.io import atomic_path
 
 Row = dict[str, Any]

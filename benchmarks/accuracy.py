@@ -12,7 +12,6 @@ adds its rows. `--plot` draws what is there.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -28,41 +27,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks._accuracy_pairs import Pair, generated_pairs, hippocampus_pairs, real_pairs
+from benchmarks._accuracy_tables import Row, print_blocks, read_blocks, read_table, write_table
 from benchmarks._judge import TRUTH, judge_bundle, judge_peer, judge_zero
-from benchmarks._measure import describe_machine, print_table
+from benchmarks._measure import describe_machine
 from benchmarks._peers import FAILED, FIGURES, PACKAGES, SYN_ITERATIONS, is_finished, missing_package
 from benchmarks._voxelmorph import INFERENCE, write_overlay
-from benchmarks.real_pairs import known_field_pair, named_pairs
-from common.data.synthetic import SyntheticPairs
-from common.geometry.spaces import Grid, array_to_itk, ddf_to_displacement
 from common.inference import file_sha256
-from common.io import atomic_path, write_image
-
-Pair = dict[str, str]
-Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_SETS = ("hippocampus", "real", "generated")
-FIGURE_NAMES = {
-    "dice": "Dice",
-    "hd95": "HD95 vox",
-    "tre_mm": "TRE mm",
-    "epe_mm": "EPE mm",
-    "ncc": "NCC",
-    "sdlogj": "SDlogJ",
-    "folding_percent": "folding %",
-    "seconds": "seconds",
-    "peak_mib": "peak MiB",
-}
-_COLUMNS = ["id", *FIGURE_NAMES, "threads", "note", "problem"]
-_DIGITS = {"hd95": 2, "tre_mm": 2, "epe_mm": 2, "folding_percent": 4, "seconds": 1, "peak_mib": 0}
-_KNOWN_FIELDS = {  # scan and seed of the field
-    "chest_ct": ("chest_ct/lidc0314_2mm.nii.gz", 1),
-    "abdomen_ct": ("abdomen_ct/totalseg_example_ct.nii.gz", 2),
-}
-_GENERATED_SEED = 2026
 _VERSIONS = ("torch", "monai", "itk", "SimpleITK", "antspyx", "convexAdam")
 
 # Runs a command and writes its exit code and peak memory. A process of its own: Linux counts the peak of a process'
@@ -100,72 +74,6 @@ class Method:
 
     def options_for(self, data_set: str) -> dict[str, Any]:
         return {**self.options.get("", {}), **self.options.get(data_set, {})}
-
-
-# Pairs
-
-
-def hippocampus_pairs(data: Path, count: int) -> list[Pair]:
-    return [pair for pair in _named(data, count) if pair["id"].startswith("hippocampus_")]
-
-
-def real_pairs(data: Path, folder: Path) -> list[Pair]:
-    """The named pairs but for the Hippocampus, and two scans paired with a copy under a known field."""
-    pairs = [pair for pair in _named(data, 0) if _complete(pair)]
-    for name, (image, seed) in _KNOWN_FIELDS.items():
-        path = data / image
-        kept = folder / f"{name}.json"
-        if kept.is_file():
-            pairs.append(json.loads(kept.read_text()))
-        elif path.is_file():
-            pairs.append(known_field_pair(name, path, folder, seed=seed))
-            kept.write_text(json.dumps(pairs[-1]))
-        else:
-            print(f"{name} is left out: there is no {path}")
-    return pairs
-
-
-def generated_pairs(folder: Path, count: int, shape: Sequence[int]) -> list[Pair]:
-    """Pairs of the training's recipe at 1 mm, under a seed that no training uses, with the exact field."""
-    size = "x".join(map(str, shape))
-    grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
-    source = SyntheticPairs(length=count, shape=shape, seed=_GENERATED_SEED, fixed_epoch=True)
-    pairs = []
-    for index in range(count):
-        name = f"generated_{size}_{index:02d}"
-        files = {key: f"{name}_{key}.nii.gz" for key in ("fixed", "moving", "fixed_label", "moving_label")}
-        truth = folder / f"{name}_{TRUTH}.npz"
-        pairs.append({"id": name} | {key: str(folder / file) for key, file in files.items()} | {TRUTH: str(truth)})
-        if truth.is_file():  # written last
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        item = source[index]
-        arrays = {
-            "moving": 1000 * item["image"][0].numpy(),
-            "fixed": 1000 * item["image"][1].numpy(),
-            "moving_label": item["moving_label"][0].numpy().astype(np.int16),
-            "fixed_label": item["fixed_label"][0].numpy().astype(np.int16),
-        }
-        for key, array in arrays.items():
-            write_image(array_to_itk(array, grid), folder / files[key])
-        with atomic_path(truth) as temporary, open(temporary, "wb") as file:
-            displacement = ddf_to_displacement(item["ddf"], grid)
-            np.savez_compressed(file, displacement=displacement, mask=item["mask"][0].numpy() > 0)
-    return pairs
-
-
-def _named(data: Path, count: int) -> list[Pair]:
-    try:
-        return [dict(pair) for pair in named_pairs(data, count)]
-    except OSError as error:
-        raise SystemExit(f"error: the test scans in {data} are incomplete: {error}") from None
-
-
-def _complete(pair: Pair) -> bool:
-    missing = [path for key, path in pair.items() if key != "id" and not Path(path).exists()]
-    if missing:
-        print(f"{pair['id']} is left out: there is no {missing[0]}")
-    return not missing
 
 
 # Methods
@@ -463,87 +371,6 @@ def _told_problems(method: Method, folder: Path, pairs: Sequence[Pair]) -> dict[
         return {row["id"]: row["problem"] for row in rows if row.get("status") == "failed"}
     failed = {pair["id"]: folder / pair["id"] / FAILED for pair in pairs}
     return {name: path.read_text() for name, path in failed.items() if path.is_file()}
-
-
-# Tables
-
-
-def read_table(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        return [dict(row) for row in csv.DictReader(file)]
-
-
-def write_table(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def block_of(pair: str) -> str:
-    """The block of the table that a pair belongs to, by its id."""
-    found = re.match(r"hippocampus|generated|lung_mri", pair)
-    return found[0] if found else pair
-
-
-def values_of(rows: Iterable[Row], figure: str) -> np.ndarray:
-    """A figure of the rows that have it; an infinite one stays (HD95 of a label that vanished)."""
-    return np.array([float(row[figure]) for row in rows if row.get(figure) not in (None, "")], dtype=np.float64)
-
-
-def read_blocks(folder: Path, data_sets: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, list[Row]]]:
-    """Block -> method -> rows, of the methods that are named, in their order."""
-    blocks: dict[str, dict[str, list[Row]]] = {}
-    for data_set in data_sets:
-        for name in names:
-            for row in read_table(folder / "tables" / f"{data_set}__{name}.csv"):
-                blocks.setdefault(block_of(row["id"]), {}).setdefault(name, []).append(row)
-    return blocks
-
-
-def print_blocks(blocks: Mapping[str, Mapping[str, Sequence[Row]]], titles: Mapping[str, str]) -> None:
-    """A table for each block: means over the pairs, and standard deviations where there are several."""
-    for block, methods in blocks.items():
-        every = [row for rows in methods.values() for row in rows]
-        columns = [key for key in FIGURE_NAMES if len(values_of(every, key))]
-        lines = []
-        for name, rows in methods.items():
-            done = [row for row in rows if not row.get("problem")]
-            cells = [_cell(values_of(done, key), key) for key in columns]
-            lines.append([titles.get(name, name), f"{len(done)}/{len(rows)}", *cells])
-        print_table(block, ["method", "pairs", *(FIGURE_NAMES[key] for key in columns)], lines)
-    print("\nmeans +- standard deviations; * without infinite values (a label vanished)")
-    print("folding and SDlogJ: of the deformable stage; seconds: affine stage and registration, without files;")
-    print("peak MiB: highest of the method's process over the data set")
-    for note in _notes(blocks, titles):
-        print(note)
-
-
-def _cell(values: np.ndarray, figure: str) -> str | None:
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return None
-    digits = _DIGITS.get(figure, 3)
-    if figure == "peak_mib":
-        return f"{finite.max():.{digits}f}"
-    text = f"{finite.mean():.{digits}f}"
-    if len(finite) > 1:
-        text += f" +- {finite.std():.{digits}f}"
-    return text + ("*" if len(finite) < len(values) else "")
-
-
-def _notes(blocks: Mapping[str, Mapping[str, Sequence[Row]]], titles: Mapping[str, str]) -> list[str]:
-    """What methods said of their settings, each once."""
-    found: dict[str, list[str]] = {}
-    for block, methods in blocks.items():
-        for name, rows in methods.items():
-            for note in dict.fromkeys(row.get("note") or "" for row in rows):
-                if note and not note.startswith("network grid"):
-                    found.setdefault(f"{titles.get(name, name)}: {note}", []).append(block)
-    return [f"{note} ({', '.join(dict.fromkeys(where))})" for note, where in found.items()]
 
 
 def describe_versions() -> str:
