@@ -22,7 +22,7 @@ from common.geometry.spaces import Grid, resample_to_grid
 
 __all__ = ["AffineMode", "align_affine", "overlap_fraction"]
 
-AffineMode = Literal["none", "moments", "rigid", "affine"]
+AffineMode = Literal["none", "centers", "moments", "rigid", "affine"]
 
 _BINS = 32
 # Voxels of the fixed image at each level, coarse to fine: enough for twelve parameters, and cheap whatever the scan.
@@ -44,7 +44,8 @@ def align_affine(
         fixed_grid: its grid.
         moving: (1, D', H', W'), normalised intensities.
         moving_grid: its grid.
-        mode: "none": identity, images have to overlap in space; "moments": the start alone, a translation; "rigid":
+        mode: "none": identity, images have to overlap in space; "centers": the centres of the fields of view on each
+            other, as crops around an organ need it; "moments": the start alone, a translation; "rigid":
             6 parameters; "affine": 12, after a rigid stage.
 
     Returns:
@@ -61,6 +62,10 @@ def align_affine(
                 "the fixed and the moving image do not overlap in space; use an affine stage other than none"
             )
         return np.eye(4)
+    if mode == "centers":
+        matrix = np.eye(4)
+        matrix[:3, 3] = _centre(moving_grid) - _centre(fixed_grid)
+        return matrix
 
     levels = [
         (_level_image(fixed, fixed_grid, count), _level_image(moving, moving_grid, count)) for count in _LEVEL_VOXELS

@@ -82,7 +82,7 @@ class AlignPaird(Transform):
     """The affine stage; see `align_affine`.
 
     Args:
-        mode: "none", "moments", "rigid" or "affine".
+        mode: "none", "centers", "moments", "rigid" or "affine".
     """
 
     def __init__(self, *, mode: AffineMode = "affine") -> None:

@@ -82,6 +82,14 @@ def test_contrast_does_not_matter(still: Known) -> None:
     assert corner_error(estimate, pair) < 1.5
 
 
+def test_centres_come_to_lie_on_each_other(still: Known) -> None:
+    estimate = found(still, "centers")
+    for_grid = [grid.to_physical((np.array(grid.shape) - 1) / 2) for grid in (still.fixed_grid, still.moving_grid)]
+    fixed, moving = (np.asarray(point).reshape(3) for point in for_grid)
+    np.testing.assert_allclose(estimate[:3, :3] @ fixed + estimate[:3, 3], moving, atol=1e-9)
+    np.testing.assert_array_equal(estimate[:3, :3], np.eye(3))
+
+
 def test_moments_are_a_translation(still: Known) -> None:
     shift = [14.0, -12.0, 9.0]
     estimate = found(replace(still, fixed_to_moving=affine_about_centre(np.eye(3), shift)), "moments")
@@ -112,7 +120,7 @@ def test_none_is_the_identity_and_needs_overlap(still: Known) -> None:
 
 
 def test_unknown_mode(still: Known) -> None:
-    with pytest.raises(InputError, match=r"none, moments, rigid, affine, got 'similarity'"):
+    with pytest.raises(InputError, match=r"none, centers, moments, rigid, affine, got 'similarity'"):
         found(still, "similarity")
 
 
