@@ -17,6 +17,7 @@ Config = dict[str, Any]
 MAY_DIFFER = {
     "inference": [
         r"network_def::.+",
+        r"instance_optimization",
         r"uncertainty",
         r"preprocessing::transforms::\d+::bytes_per_voxel",
         r"postprocessing::transforms::\d+::settings::(iterations|steps|windows)",
@@ -52,6 +53,7 @@ def test_bundles_differ_in_nothing_else(bundle: Path, kind: str) -> None:
 
 def another_network(config: Config) -> None:
     config["network_def"] = {"_target_": "BUNDLE_net.Other", "steps": [12, 12, 4]}
+    config["instance_optimization"] = 0
     config["preprocessing"]["transforms"][3]["bytes_per_voxel"] = 1
     settings = config["postprocessing"]["transforms"][3]["settings"]
     settings.pop("iterations", settings.pop("windows", None))
