@@ -121,8 +121,10 @@ def main() -> None:
     command = [sys.executable, "-m", "monai.bundle", "run"]
     command += ["--config_file", f"{arguments.bundle}/configs/inference.json"]
     command += ["--datalist", str(folder / "pairs.json"), "--output_dir", str(folder / "results")]
-    subprocess.run(command + [option for option in arguments.options if option != "--"], check=False)
+    done = subprocess.run(command + [option for option in arguments.options if option != "--"], check=False)
     print_table(folder / "results/results.csv")
+    if done.returncode:
+        raise SystemExit(f"error: the registration ended with exit code {done.returncode}; not every pair has its row")
 
 
 if __name__ == "__main__":
