@@ -144,11 +144,11 @@ def _network_rows(
 def _trained_on_hippocampus(config: Path) -> dict[str, Any]:
     """What the bundle's training on these scans sets and its inference has to know: its spacing and network.
 
-    And where it starts: the training, and the challenge, see crops whose centres lie on each other.
+    And what it sees: crops whose centres lie on each other, and some of the moving one around the fixed one's.
     """
     overlay = config.with_name("hippocampus.json")
     settings = json.loads(overlay.read_text()) if overlay.is_file() else {}
-    return {"affine": "centers"} | {
+    return {"affine": "centers", "margin": 8} | {
         key: value
         for key, value in settings.items()
         if key in ("spacing", "modality", "window", "affine") or re.match(r"network_def[#:]", key)

@@ -82,6 +82,13 @@ class Grid:
         """(N, 3) LPS mm to (N, 3) voxel coordinates."""
         return np.linalg.solve(self.affine[:3, :3], (np.asarray(points, dtype=np.float64) - self.affine[:3, 3]).T).T
 
+    def extended(self, voxels: int) -> Grid:
+        """The grid with so many voxels more at each end of each axis."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.to_physical(np.full((1, 3), -float(voxels)))[0]
+        d, h, w = (n + 2 * voxels for n in self.shape)
+        return Grid((d, h, w), affine)
+
     def with_spacing(self, spacing: float | np.ndarray) -> Grid:
         """Grid of the same axes that covers this one's field of view (its voxels' outer faces) at another spacing.
 

@@ -15,6 +15,7 @@ Before the network: `LoadPaird`, `AlignPaird`, `SampleNetworkGridd`; after it: `
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -105,6 +106,8 @@ class SampleNetworkGridd(Transform):
         bytes_per_voxel: what a forward pass of the network takes at its peak.
         spacing: mm of the network grid; chosen by `choose_network_grid` when None.
         max_voxels: upper limit of the choice.
+        margin: mm around the fixed image's field of view in which the network sees the moving image, too: a crop's
+            counterpart may lie outside of it.
         device: where the network runs.
     """
 
@@ -114,16 +117,20 @@ class SampleNetworkGridd(Transform):
         bytes_per_voxel: float,
         spacing: float | None = None,
         max_voxels: int = 192**3,
+        margin: float = 0.0,
         device: str | torch.device = "cpu",
     ) -> None:
         self.bytes_per_voxel = bytes_per_voxel
         self.spacing = spacing
         self.max_voxels = max_voxels
+        self.margin = margin
         self.device = device
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
         pair: ImagePair = result["pair"]
+        if not (isinstance(self.margin, int | float) and self.margin >= 0):
+            raise InputError(f"the margin must be a number of mm, 0 or more, got {self.margin!r}")
         with _timed(result, "resampling"):
             grid = choose_network_grid(
                 pair.fixed_grid,
@@ -132,10 +139,13 @@ class SampleNetworkGridd(Transform):
                 max_voxels=self.max_voxels,
                 device=self.device,
             )
+            if self.margin:
+                grid = grid.extended(math.ceil(self.margin / float(grid.spacing.min())))
             moving = resample_to_grid(
                 pair.moving_intensity, pair.moving_grid, grid, target_to_source=result["fixed_to_moving"]
             )
-            fixed = resample_to_grid(pair.fixed_intensity, pair.fixed_grid, grid, padding_mode="border")
+            padding = "zeros" if self.margin else "border"
+            fixed = resample_to_grid(pair.fixed_intensity, pair.fixed_grid, grid, padding_mode=padding)
         result["network_grid"] = grid
         result["image"] = torch.cat([moving, fixed]).to(self.device)
         result["network_started"] = time.perf_counter()
