@@ -140,7 +140,7 @@ class SampleNetworkGridd(Transform):
                 device=self.device,
             )
             if self.margin:
-                grid = grid.extended(math.ceil(self.margin / float(grid.spacing.min())))
+                grid = grid.extended(math.ceil(self.margin / float(grid.spacing.min()) - 1e-6))
             moving = resample_to_grid(
                 pair.moving_intensity, pair.moving_grid, grid, target_to_source=result["fixed_to_moving"]
             )

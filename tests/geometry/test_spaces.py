@@ -74,6 +74,12 @@ class TestGrid:
         voxels = grid.to_voxels(grid.corners)
         assert {tuple(v) for v in voxels.round(9) + 0.0} == {(i, j, k) for i in (0, 8) for j in (0, 10) for k in (0, 6)}
 
+    def test_extended_by_voxels_at_each_end(self, grid: Grid) -> None:
+        larger = grid.extended(3)
+        assert larger.shape == tuple(n + 6 for n in grid.shape)
+        voxels = np.array([[0.0, 0.0, 0.0], [4.0, 2.5, 1.0]])
+        np.testing.assert_allclose(larger.to_physical(voxels + 3), grid.to_physical(voxels), atol=1e-9)
+
     @pytest.mark.parametrize("spacing", [1.0, 0.37, 3.3, (2.0, 1.0, 0.5), 1000.0])
     def test_with_spacing_covers_the_field_of_view_around_its_centre(
         self, grid: Grid, spacing: float | tuple[float, ...]

@@ -211,6 +211,11 @@ def tiny_spacing(folder: Path, arguments: Arguments) -> str:
     return "choose a larger spacing"
 
 
+def negative_margin(folder: Path, arguments: Arguments) -> str:
+    arguments["margin"] = -1
+    return "the margin must be a number of mm, 0 or more, got -1"
+
+
 def negative_iterations(folder: Path, arguments: Arguments) -> str:
     arguments["instance_optimization"] = -1
     return "negative, got -1"
@@ -253,7 +258,8 @@ CASES: list[Case] = [
     landmarks_of_two_columns, landmarks_of_other_number, moving_landmarks_alone,
     weights_of_another_network, missing_weights, text_weights, weights_with_code,
     output_under_a_file, output_not_writable, no_output, no_moving_image,
-    unknown_affine, unknown_modality, negative_spacing, tiny_spacing, negative_iterations, many_iterations,
+    unknown_affine, unknown_modality, negative_spacing, tiny_spacing, negative_margin,
+    negative_iterations, many_iterations,
     unknown_similarity,
     missing_list, list_with_a_wrong_column, list_and_pair,
 ]  # fmt: skip

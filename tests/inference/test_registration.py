@@ -326,6 +326,21 @@ class TestOptions:
         )
         assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["instance_optimization"] == steps
 
+    def test_a_margin_shows_the_network_more_of_the_moving_image(
+        self, known: Known, tmp_path: Path, register: Register
+    ) -> None:
+        files = known.write(tmp_path)
+        figures = []
+        for margin in (0, 8):
+            out = tmp_path / f"margin_{margin}"
+            register(**files, output_dir=str(out), affine="affine", margin=margin)
+            figures.append(json.loads((out / "metrics.json").read_text()))
+        shapes = [figure["settings"]["network_grid_shape"] for figure in figures]
+        assert shapes[1] == [n + 4 for n in shapes[0]]  # of 4 mm
+        assert nib.load(tmp_path / "margin_8" / "warped.nii.gz").shape == known.fixed_grid.shape
+        for figure in figures:
+            assert figure["tre_mm"]["after"]["mean"] < figure["tre_mm"]["before"]["mean"]
+
     def test_learn2reg_and_no_report(self, known: Known, tmp_path: Path, register: Register) -> None:
         files = known.write(tmp_path)
         out = tmp_path / "out"
