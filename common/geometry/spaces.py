@@ -74,6 +74,11 @@ class Grid:
         unit = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), -1).reshape(-1, 3)
         return self.to_physical(unit * (np.array(self.shape) - 1))
 
+    @property
+    def centre(self) -> np.ndarray:
+        """(3,) LPS mm of the middle of the field of view."""
+        return self.to_physical((np.array([self.shape]) - 1) / 2)[0]
+
     def to_physical(self, voxels: np.ndarray) -> np.ndarray:
         """(N, 3) voxel coordinates to (N, 3) LPS mm."""
         return np.asarray(voxels, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]

@@ -64,7 +64,7 @@ def align_affine(
         return np.eye(4)
     if mode == "centers":
         matrix = np.eye(4)
-        matrix[:3, 3] = _centre(moving_grid) - _centre(fixed_grid)
+        matrix[:3, 3] = moving_grid.centre - fixed_grid.centre
         return matrix
 
     levels = [
@@ -98,7 +98,7 @@ def _align(
         *levels[0],
         [
             np.zeros(3),
-            _centre(moving_grid) - _centre(fixed_grid),
+            moving_grid.centre - fixed_grid.centre,
             _centre_of_mass(moving, moving_grid) - centre,
         ],
     )
@@ -145,15 +145,11 @@ def _level_image(volume: Tensor, grid: Grid, voxels: int) -> sitk.Image:
     return image
 
 
-def _centre(grid: Grid) -> np.ndarray:
-    return grid.to_physical((np.array(grid.shape)[None] - 1) / 2)[0]
-
-
 def _centre_of_mass(volume: Tensor, grid: Grid) -> np.ndarray:
     weights = volume[0].double().clamp_min(0)
     total = float(weights.sum())
     if total <= 0:
-        return _centre(grid)
+        return grid.centre
     voxel = []
     for axis, n in enumerate(grid.shape):
         profile = weights.sum(dim=[a for a in range(3) if a != axis])

@@ -49,7 +49,7 @@ def network_grid(
     wanted = [-(-n // multiple) * multiple for n in covering.shape] if shape is None else [int(n) for n in shape]
     matrix = covering.affine[:3, :3]
     affine = covering.affine.copy()
-    affine[:3, 3] = _centre(fixed) - matrix @ ((np.array(wanted) - 1) / 2)
+    affine[:3, 3] = fixed.centre - matrix @ ((np.array(wanted) - 1) / 2)
     return Grid((wanted[0], wanted[1], wanted[2]), affine)
 
 
@@ -63,10 +63,6 @@ def _check_spacing(spacing: float | Sequence[float] | None) -> None:
         array = np.asarray(spacing, dtype=np.float64)
         if array.shape not in ((), (3,)) or not (np.isfinite(array).all() and (array > 0).all()):
             raise ValueError(f"a spacing is one or three positive numbers of mm, not {spacing}")
-
-
-def _centre(grid: Grid) -> np.ndarray:
-    return grid.to_physical((np.array([grid.shape]) - 1) / 2)[0]
 
 
 class ResampleToNetworkGridd(MapTransform):
@@ -124,7 +120,7 @@ class ResampleToNetworkGridd(MapTransform):
         target = network_grid(grids["fixed"], shape=self.shape, spacing=self.spacing, multiple=self.multiple)
         shift = {"fixed": np.zeros(3), "moving": np.zeros(3)}  # network's space -> role's space, mm
         if self.centre_align:
-            shift["moving"] = _centre(grids["moving"]) - _centre(grids["fixed"])
+            shift["moving"] = grids["moving"].centre - grids["fixed"].centre
         if self.grids_key is not None:
             for role in ("fixed", "moving"):
                 for key in {f"{role}_label", f"{role}_mask"}.difference(map(str, self.keys)).intersection(data):

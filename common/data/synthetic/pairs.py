@@ -67,8 +67,9 @@ def _within(size: Size, recipe: SyntheticRecipe, draw: Draw) -> dict[str, Tensor
     if not painted and draw.chance(recipe.sliding):
         slide = Slide(size, recipe, draw)
         ddf = slide.after(ddf)
-        # Other classes inside, so that the surface along which it slides can be seen.
-        label = torch.where(slide.inside & (label > 0), 1 + label % recipe.labels, label)
+        # Other classes inside, so that the surface along which it slides can be seen; tubes stay tubes.
+        shape_inside = slide.inside & (label > 0) & (label <= recipe.labels)
+        label = torch.where(shape_inside, 1 + label % recipe.labels, label)
 
     texture = draw.uniform(*recipe.texture) * smooth_noise((1, *size), (3.0, 6.0), draw)
     if ct:
