@@ -294,6 +294,15 @@ class TestFeatures:
         warped = warp(item["moving_label"][None].float(), item["ddf"][None], mode="nearest", padding_mode="border")
         assert torch.equal(warped[0].long(), item["fixed_label"])
 
+    def test_tubes_stay_tubes_inside_a_slide(self) -> None:
+        recipe = replace(CLEAN, tubes=3, background=0.0, shape_scales=(16.0,), tube_radius=(2.0, 2.0))
+        shares = [
+            [float((pair(seed, replace(recipe, sliding=share))["moving_label"] == recipe.labels + 1).float().mean())]
+            for share in (0.0, 1.0)
+            for seed in range(4)
+        ]
+        assert shares[:4] == shares[4:] and max(shares)[0] > 0.01
+
     def test_ct_has_one_scale_of_intensities(self) -> None:
         recipe = replace(
             SyntheticRecipe(), ct=1.0, noise=(0.0, 0.0), blur=(0.0, 0.0), texture=(0.0, 0.0), background=0.0
