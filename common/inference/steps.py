@@ -28,6 +28,7 @@ from monai.transforms import Transform
 from torch import Tensor
 
 from common.errors import InputError
+from common.geometry.folding import remove_folding
 from common.geometry.spaces import Grid, itk_to_array, resample_to_grid, swap_lps_ras
 from common.inference.affine import AffineMode, align_affine
 from common.inference.inferer import choose_network_grid
@@ -212,16 +213,26 @@ class FinishRegistrationd(Transform):
 
     `pred` becomes the moving label on the fixed image's own grid where there is one, else the warped moving image:
     what MONAI Label sends back. The field itself is in `registration`.
+
+    Args:
+        unfold: smooth the field where it folds, see `remove_folding`; `unfolded_voxels` says how many did.
     """
+
+    def __init__(self, *, unfold: bool = True) -> None:
+        self.unfold = unfold
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
         grid: Grid = result["network_grid"]
+        ddf = _unbatched(result["pred"]).detach()
+        if self.unfold:
+            with _timed(result, "unfolding"):
+                ddf, result["unfolded_voxels"] = remove_folding(ddf.float())
         with _timed(result, "warping"):
             registration = Registration(
                 result["pair"],
                 fixed_to_moving=result["fixed_to_moving"],
-                ddf=_unbatched(result["pred"]).detach(),
+                ddf=ddf,
                 network_grid=grid,
                 uncertainty=result.get("uncertainty"),
             )
@@ -272,6 +283,7 @@ class WriteRegistrationd(Transform):
             settings={
                 **self.settings,
                 **({"instance_optimization": result["instance_steps"]} if "instance_steps" in result else {}),
+                **({"unfolded_voxels": result["unfolded_voxels"]} if "unfolded_voxels" in result else {}),
                 "weights_sha256": file_sha256(self.weights) if self.weights else None,
                 "fixed": str(result.get("fixed")),
                 "moving": str(result.get("moving")),

@@ -317,6 +317,21 @@ class TestOptions:
         assert figures[0]["deformation"]["mean_mm"] != figures[1]["deformation"]["mean_mm"]
         assert figures[1]["settings"]["instance_optimization"] == 40
 
+    def test_folds_are_smoothed_away_unless_they_may_stay(
+        self, known: Known, tmp_path: Path, register: Register
+    ) -> None:
+        files = known.write(tmp_path)
+        figures = {}
+        for unfold in (False, True):
+            out = tmp_path / f"unfold_{unfold}"
+            steps = {"instance_optimization": 20, "instance_learning_rate": 6.0}  # far too large a rate: it folds
+            register(**files, output_dir=str(out), affine="none", spacing=3.0, unfold=unfold, **steps)
+            figures[unfold] = json.loads((out / "metrics.json").read_text())
+        assert figures[False]["deformation"]["folding_percent"] > 0
+        assert figures[True]["deformation"]["folding_percent"] == 0
+        assert figures[True]["settings"]["unfolded_voxels"] > 0
+        assert "unfolded_voxels" not in figures[False]["settings"]
+
     @pytest.mark.parametrize(("modality", "steps"), [("mr", 0), ("ct", CT_STEPS)])
     def test_instance_optimization_is_for_ct_unless_asked_for(
         self, known: Known, tmp_path: Path, register: Register, modality: str, steps: int
