@@ -477,6 +477,20 @@ class TestWeights:
                 upsampled = F.interpolate(state.ddf, size=SHAPE, mode="trilinear") * scale
                 torch.testing.assert_close(target(image), upsampled)
 
+    def test_weights_of_fewer_stages(self, image: Tensor) -> None:
+        """Fill the first stages, and no other runs; weights that lack what they claim to have are refused."""
+        source = lively(scales=(1,), steps=(1,), radii=(1,), patches=(1,))
+        source.train_stage(0)
+        target = small(seed=5, patches=(1, 1, 1)).eval()
+        untouched = {name: value.clone() for name, value in target.stages[1].state_dict().items()}
+        target.load_state_dict(source.state_dict())
+        assert target.stages_in_use == 1
+        for name, value in source.stages[0].state_dict().items():
+            assert torch.equal(value, target.stages[0].state_dict()[name])
+        assert all(torch.equal(value, target.stages[1].state_dict()[name]) for name, value in untouched.items())
+        with pytest.raises(RuntimeError, match=r"Missing key.*stages\.1"):
+            target.load_state_dict({**source.state_dict(), "trained_stages": torch.tensor(2)})
+
     def test_training_a_stage_again_forgets_no_other(self) -> None:
         network = small()
         assert (network.stages_in_use, network.stage_in_training) == (3, None)  # none has any training: all

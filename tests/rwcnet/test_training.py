@@ -268,6 +268,29 @@ class TestInitialWeights:
         inner = inner.unflatten(1, (5, 5, 5))[:, 1:-1, 1:-1, 1:-1].flatten(1, 3)
         assert torch.allclose(last, inner, **near) is warm
 
+    def test_of_a_single_stage_start_all(self, training: Training, tmp_path: Path) -> None:
+        """`single_stage.json` trains at the pair's own resolution; its features first, then the recurrent steps."""
+        tiny = {"epoch_length": 2, "max_epochs": 1, "network_def#radii": [1], "network_def#steps": [1]}
+        features = training("features", overlay="single_stage", features_only=True, **tiny)
+        start = {name: value.clone() for name, value in part(features, "network").state_dict().items()}
+        features.run()
+        weights = load(tmp_path / "features" / "model.pt")
+        moved = {name for name, value in start.items() if not torch.equal(value, weights[name])}
+        assert moved
+        assert all("feature_encoder" in name or name == "trained_stages" for name in moved)
+
+        path = str(tmp_path / "features" / "model.pt")
+        training("single", overlay="single_stage", initial_weights=path, **tiny).run()
+        weights = load(tmp_path / "single" / "model.pt")
+        options = {"initial_weights": str(tmp_path / "single" / "model.pt"), "learning_rate": 1e-12}
+        whole = training(epoch_length=1, **options)
+        whole.run()
+        result = load(tmp_path / "out" / "stage_3.pt")
+        for stage in range(3):
+            for name, value in of_stage(weights, 0).items():
+                same_place = name.replace("stages.0.", f"stages.{stage}.")
+                torch.testing.assert_close(result[same_place], value, atol=1e-9, rtol=0)
+
     def test_missing(self, training: Training, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=r"^error: the weights .*none\.pt do not exist$"):
             training(initial_weights=str(tmp_path / "none.pt")).run()

@@ -12,9 +12,10 @@ the next stage. Stages are trained one after the other, the earlier ones frozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -250,6 +251,15 @@ class RWCNet(nn.Module):
             copied[name] = window.flatten(1, 3)
         self.stages[target].load_state_dict(copied)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; of a network with fewer stages, the first stages' weights. `trained_stages` then says that
+        the others have none, so that they do not run before they are trained."""
+        trained = int(state_dict.get("trained_stages", 0))
+        if strict and 0 < trained < len(self.stages):
+            missing = self.state_dict()
+            state_dict = {**{name: missing[name] for name in missing if _stage_of(name) >= trained}, **state_dict}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def train(self, mode: bool = True) -> RWCNet:
         """A frozen stage stays as it is used: without dropout."""
         super().train(mode)
@@ -303,6 +313,11 @@ class RWCNet(nn.Module):
     def _at_full_resolution(self, ddf: Tensor, stage: int) -> Tensor:
         scale = self.scales[stage]
         return _upsample(ddf, scale, self.mode) * scale
+
+
+def _stage_of(name: str) -> int:
+    """Index of the stage that an entry of the state dict belongs to, -1 for none."""
+    return int(name.split(".")[1]) if name.startswith("stages.") else -1
 
 
 def _upsample(volume: Tensor, ratio: int, mode: str) -> Tensor:

@@ -296,20 +296,26 @@ class StageInferer(Inferer):
     Args:
         sequence: return the field after every recurrent step, or after the last one only, as published.
         bfloat16: see `common.inference.SequenceInferer`.
+        features_only: leave the recurrent steps out, most of the work, for a training in which the feature encoder
+            alone learns, by `MatchingLoss`; the field is then the prior's.
     """
 
-    def __init__(self, *, sequence: bool = True, bfloat16: bool = False) -> None:
+    def __init__(self, *, sequence: bool = True, bfloat16: bool = False, features_only: bool = False) -> None:
         super().__init__()
         self.sequence = sequence
         self.bfloat16 = bfloat16
+        self.features_only = features_only
 
     def __call__(self, inputs: StagePatch, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
         """The whole field, prior and stage composed, from the patch's voxels into the stage's moving image.
 
         Displacements are counted from the patch's first voxel, so they include where the patch lies: (B, 3, d, h, w).
         """
-        with _bfloat16_region(inputs.fixed, self.bfloat16):
-            fields, _ = network.refine(inputs)
+        if self.features_only:
+            fields = [inputs.fixed.new_zeros((inputs.fixed.shape[0], 3, *inputs.fixed.shape[2:]))]
+        else:
+            with _bfloat16_region(inputs.fixed, self.bfloat16):
+                fields, _ = network.refine(inputs)
         origin = _origin(inputs.box, fields[0])
         totals = []
         for field in fields if self.sequence else fields[-1:]:
