@@ -76,7 +76,7 @@ class ImagePair:
 
 
 def load_pair(
-    files: Mapping[str, Any], *, modality: Modality = "auto", window: str | tuple[float, float] = "wide"
+    files: Mapping[str, Any], *, modality: Modality = "auto", window: str | tuple[float, float] = "balanced"
 ) -> ImagePair:
     """Read everything that belongs to a pair.
 

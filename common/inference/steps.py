@@ -68,7 +68,7 @@ class LoadPaird(Transform):
         window: of CT, the one that the weights were trained with; a name of `CT_WINDOWS` or its two ends in HU.
     """
 
-    def __init__(self, *, modality: Modality = "auto", window: str | tuple[float, float] = "wide") -> None:
+    def __init__(self, *, modality: Modality = "auto", window: str | tuple[float, float] = "balanced") -> None:
         self.modality = modality
         self.window = window
 
@@ -167,7 +167,7 @@ class OptimizeInstanced(Transform):
         iterations: Adam steps; 0 leaves the field as it is; "auto" is `CT_STEPS` for two CT images and 0 for others:
             RWCNet's paper sees it help lungs and harm brains, and so do the pairs of `benchmarks.real_pairs`.
         similarity: "mind" or "ncc".
-        smoothness: weight of the diffusion term.
+        smoothness, update_smoothness: weights of the two diffusion terms.
         learning_rate: of Adam.
     """
 
@@ -176,12 +176,14 @@ class OptimizeInstanced(Transform):
         *,
         iterations: int | Literal["auto"] = 0,
         similarity: InstanceSimilarity = "mind",
-        smoothness: float = 1.25,
+        smoothness: float = 0.6,
+        update_smoothness: float = 1.0,
         learning_rate: float = 0.1,
     ) -> None:
         self.iterations = iterations
         self.similarity = similarity
         self.smoothness = smoothness
+        self.update_smoothness = update_smoothness
         self.learning_rate = learning_rate
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
@@ -203,6 +205,7 @@ class OptimizeInstanced(Transform):
                 iterations=steps,
                 similarity=self.similarity,
                 smoothness=self.smoothness,
+                update_smoothness=self.update_smoothness,
                 learning_rate=self.learning_rate,
             )
         return result

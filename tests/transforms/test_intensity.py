@@ -28,14 +28,29 @@ def brain(background: float = 0.0) -> torch.Tensor:
 
 def test_ct_windows() -> None:
     image = ct()
-    scaled, used = normalize_intensity(image)
+    scaled, used = normalize_intensity(image, window="wide")
     assert used == "ct"
     torch.testing.assert_close(scaled, ((image + 1000) / 2000).clamp(0, 1))
     scaled, _ = normalize_intensity(image, "ct", window="rwcnet_nlst")
     torch.testing.assert_close(scaled, (image + 4000) / 20000)
     scaled, _ = normalize_intensity(image, "ct", window=(0, 100))
     torch.testing.assert_close(scaled, (image / 100).clamp(0, 1))
-    assert all(low < high for low, high in CT_WINDOWS.values())
+    for curve in CT_WINDOWS.values():
+        assert list(curve) == sorted(curve)
+        assert (curve[0][1], curve[-1][1]) == (0.0, 1.0)
+
+
+def test_balanced_window_shows_organs_and_keeps_lung_and_bone() -> None:
+    hounsfield = torch.tensor(
+        [-1200.0, -1000.0, -600.0, -200.0, -150.0, -100.0, 0.0, 50.0, 200.0, 600.0, 1000.0, 3000.0]
+    )
+    scaled, _ = normalize_intensity(hounsfield, "ct")
+    knots = ([-1000, -200, -100, 200, 1000], [0, 0.2, 0.3, 0.85, 1])
+    torch.testing.assert_close(scaled, torch.from_numpy(np.interp(hounsfield.numpy(), *knots)).float())
+    wide, _ = normalize_intensity(hounsfield, "ct", window="wide")
+    liver_to_water = slice(6, 8)
+    assert scaled[liver_to_water].diff() > 3 * wide[liver_to_water].diff()
+    assert (scaled[1:-1].diff() > 0).all()
 
 
 @pytest.mark.parametrize("background", [0.0, -50.0, 600.0])
