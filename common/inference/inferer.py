@@ -12,8 +12,10 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from common.errors import InputError
+from common.geometry.fields import compose, resize_ddf
 from common.geometry.spaces import Grid
 from common.inference.uncertainty import mirrored_spread
+from common.layers.warp import warp
 from common.precision import bfloat16_region
 
 __all__ = ["PaddedInferer", "SequenceInferer", "choose_network_grid"]
@@ -24,16 +26,36 @@ class PaddedInferer(Inferer):
 
     The border is repeated on both sides, so a voxel displacement needs no correction.
 
+    A network reaches as far as it has seen in training, in voxels. Coarse passes carry that further: the pair is first
+    registered at a half, a quarter, ... of the resolution, coarsest first, and each pass goes on from the moving image
+    that the passes before have warped. An eighth of the work doubles the reach; weights need no training for it.
+
     Args:
         multiple: sizes become multiples of this.
         minimum: smallest size along any axis.
         amp: run the network in float16 on a GPU, never on a CPU.
         uncertainty: also estimate the spread of each of the network's fields, see `mirrored_spread`; four times the
-            work.
+            work. Of the last pass.
+        coarse_passes: number of passes before the one at full resolution. One that would leave fewer than `minimum`
+            voxels along an axis is left out.
+
+    Raises:
+        InputError: when `coarse_passes` is not a number, 0 or more.
     """
 
-    def __init__(self, *, multiple: int, minimum: int = 32, amp: bool = False, uncertainty: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        multiple: int,
+        minimum: int = 32,
+        amp: bool = False,
+        uncertainty: bool = False,
+        coarse_passes: int = 0,
+    ) -> None:
         super().__init__()
+        if isinstance(coarse_passes, bool) or not isinstance(coarse_passes, int) or coarse_passes < 0:
+            raise InputError(f"coarse_passes must be a whole number, 0 or more, got {coarse_passes!r}")
+        self.coarse_passes = coarse_passes
         self.multiple = multiple
         self.minimum = minimum
         self.amp = amp
@@ -41,6 +63,18 @@ class PaddedInferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
         """(B, 2, D, H, W) of any size -> ddf (B, 3, D, H, W), then the spreads (B, L, D, H, W) where asked for."""
+        shape = inputs.shape[2:]
+        ddf: Tensor | None = None
+        for factor in (2**n for n in range(self.coarse_passes, 0, -1)):
+            coarse = [round(size / factor) for size in shape]
+            if min(coarse) < self.minimum:
+                continue
+            found = self._run(_shrink(_continued(inputs, ddf), coarse), network, False, *args, **kwargs)
+            ddf = _joined(ddf, resize_ddf(found, shape))
+        result = self._run(_continued(inputs, ddf), network, self.uncertainty, *args, **kwargs)
+        return torch.cat([_joined(ddf, result[:, :3]), result[:, 3:]], dim=1)
+
+    def _run(self, inputs: Tensor, network: Any, uncertainty: bool, *args: Any, **kwargs: Any) -> Tensor:
         padding: list[int] = []
         for size in reversed(inputs.shape[2:]):
             target = max(math.ceil(size / self.multiple) * self.multiple, self.minimum)
@@ -48,13 +82,31 @@ class PaddedInferer(Inferer):
             padding += [before, target - size - before]
         padded = F.pad(inputs, padding, mode="replicate") if any(padding) else inputs
         with torch.autocast(device_type="cuda", enabled=self.amp and inputs.device.type == "cuda"):
-            if self.uncertainty:
+            if uncertainty:
                 field = torch.cat(mirrored_spread(network.forward_sequence, padded), dim=1)
             else:
                 field = network(padded, *args, **kwargs)
         start = padding[4], padding[2], padding[0]
         d, h, w = (slice(s, s + n) for s, n in zip(start, inputs.shape[2:], strict=True))
         return field[:, :, d, h, w].float()
+
+
+def _continued(image: Tensor, ddf: Tensor | None) -> Tensor:
+    """The pair with its moving image warped by what was found so far."""
+    if ddf is None:
+        return image
+    moving, fixed = image.float().split(1, dim=1)
+    return torch.cat([warp(moving, ddf, padding_mode="border"), fixed], dim=1)
+
+
+def _joined(ddf: Tensor | None, found: Tensor) -> Tensor:
+    return found if ddf is None else compose(ddf, found)
+
+
+def _shrink(image: Tensor, shape: list[int]) -> Tensor:
+    """Averaged, on a grid whose corners are the full grid's, as `resize_ddf` has it."""
+    averaged = F.avg_pool3d(image.float(), 3, stride=1, padding=1, count_include_pad=False)
+    return F.interpolate(averaged, size=shape, mode="trilinear", align_corners=True)
 
 
 class SequenceInferer(Inferer):

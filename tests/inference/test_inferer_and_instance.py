@@ -83,6 +83,45 @@ class TestPaddedInferer:
         assert float(SequenceInferer()(torch.zeros(1), Network())[1]) == 1.0
 
 
+class TestCoarsePasses:
+    """With a network that finds a shift along the first axis of two ramps, but no more than two voxels of it."""
+
+    SHAPE = (80, 72, 66)
+
+    @staticmethod
+    def near_sighted(image: Tensor) -> Tensor:
+        moving, fixed = image[:, :1], image[:, 1:]
+        slope = fixed.diff(dim=2).median()
+        shift = ((fixed - moving).median() / slope).clamp(-2, 2)
+        field = torch.zeros(1, 3, *image.shape[2:])
+        field[:, 0] = shift
+        return field
+
+    def ramps(self, shift: float) -> Tensor:
+        ramp = torch.arange(float(self.SHAPE[0])).view(-1, 1, 1).expand(self.SHAPE)
+        return torch.stack([ramp, ramp + shift])[None]
+
+    @pytest.mark.parametrize(
+        ("shift", "passes", "found"), [(1.5, 0, 1.5), (1.5, 1, 1.5), (5, 0, 2), (5, 1, 5), (-5, 1, -5)]
+    )
+    def test_carry_the_reach_further(self, shift: float, passes: int, found: float) -> None:
+        ddf = PaddedInferer(multiple=16, coarse_passes=passes)(self.ramps(shift), self.near_sighted)
+        inner = ddf[0, :, 12:-12]
+        torch.testing.assert_close(inner[0], torch.full_like(inner[0], found), atol=0.05, rtol=0)
+        assert float(inner[1:].abs().max()) < 1e-4
+
+    def test_coarsest_first_and_none_that_is_too_small(self) -> None:
+        network = Recorder()
+        image = torch.rand(1, 2, 160, 128, 70)
+        PaddedInferer(multiple=1, coarse_passes=3)(image, network)
+        assert network.shapes == [(80, 64, 35), (160, 128, 70)]  # a quarter of 70 voxels would be 18
+
+    @pytest.mark.parametrize("passes", [-1, 0.5, True, "auto"])
+    def test_are_a_number(self, passes: object) -> None:
+        with pytest.raises(InputError, match=r"^coarse_passes must be a whole number, 0 or more, got"):
+            PaddedInferer(multiple=1, coarse_passes=passes)  # type: ignore[arg-type]
+
+
 def covers(network: Grid, fixed: Grid) -> bool:
     faces = np.stack(np.meshgrid(*[[-0.5, n - 0.5] for n in fixed.shape], indexing="ij"), -1).reshape(-1, 3)
     voxels = network.to_voxels(fixed.to_physical(faces))
