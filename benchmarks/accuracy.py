@@ -148,7 +148,7 @@ def _trained_on_hippocampus(config: Path) -> dict[str, Any]:
     """
     overlay = config.with_name("hippocampus.json")
     settings = json.loads(overlay.read_text()) if overlay.is_file() else {}
-    return {"affine": "centers", "margin": 8} | {
+    return {"affine": "centers", "margin": 8, "coarse_passes": 0} | {
         key: value
         for key, value in settings.items()
         if key in ("spacing", "modality", "window", "affine") or re.match(r"network_def[#:]", key)

@@ -21,7 +21,7 @@ from common.errors import InputError, RegistrationError, find_registration_error
 from common.inference.output import METRICS_FILE
 from common.inference.weights import load_weights
 from common.io import atomic_path, check_output_dir
-from common.memory import keep_freed_pages
+from common.memory import keep_freed_pages, return_freed_pages
 
 __all__ = ["RegistrationRun", "RequestedPairs", "prepare_pair_batch"]
 
@@ -165,6 +165,7 @@ class RegistrationRun:
             for index, pair in enumerate(progress):
                 progress.set_postfix_str(pair["id"])
                 rows.append(self._row(index, pair, progress))
+                return_freed_pages()
                 self._write_table(rows)  # after every pair: an interrupted run leaves a true table
         return sum(row["status"] == "failed" for row in rows)
 
