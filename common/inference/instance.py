@@ -40,8 +40,7 @@ def optimize_instance(
     the sum over the axes of the mean squared forward difference.
 
     ConvexAdam optimises the field itself, with a weight of 1.25, from a start that has no detail yet. A network's field
-    has: put through the coarse grid and smoothed like that it loses what the network has seen in small structures
-    (`python -m benchmarks.real_pairs`: brain tissue 0.732 instead of 0.745).
+    has: put through the coarse grid and smoothed like that it loses what the network has seen in small structures.
 
     Args:
         image: (2, D, H, W), moving and fixed, in [0, 1].

@@ -165,7 +165,7 @@ class OptimizeInstanced(Transform):
 
     Args:
         iterations: Adam steps; 0 leaves the field as it is; "auto" is `CT_STEPS` for two CT images and 0 for others:
-            RWCNet's paper sees it help lungs and harm brains, and so do the pairs of `benchmarks.real_pairs`.
+            RWCNet's paper sees it help lungs and harm brains.
         similarity: "mind" or "ncc".
         smoothness, update_smoothness: weights of the two diffusion terms.
         learning_rate: of Adam.

@@ -117,9 +117,9 @@ class TestCoarsePasses:
         assert network.shapes == [(80, 64, 35), (160, 128, 70)]  # a quarter of 70 voxels would be 18
 
     @pytest.mark.parametrize("passes", [-1, 0.5, True, "auto"])
-    def test_are_a_number(self, passes: object) -> None:
+    def test_are_a_number(self, passes: Any) -> None:
         with pytest.raises(InputError, match=r"^coarse_passes must be a whole number, 0 or more, got"):
-            PaddedInferer(multiple=1, coarse_passes=passes)  # type: ignore[arg-type]
+            PaddedInferer(multiple=1, coarse_passes=passes)
 
 
 def covers(network: Grid, fixed: Grid) -> bool:
