@@ -22,7 +22,6 @@ demo: setup  ## make a phantom pair, register it, print the error before and aft
 	$(BIN)/python -m monai.bundle run --config_file bundles/recorr/configs/inference.json \
 		--fixed $(DEMO)/fixed.nii.gz --moving $(DEMO)/moving.nii.gz \
 		--fixed_label $(DEMO)/fixed_label.nii.gz --moving_label $(DEMO)/moving_label.nii.gz \
-		--instance_optimization 20 \
 		--output_dir $(DEMO)/result
 	@$(BIN)/python -m common.data.phantom check $(DEMO)
 

@@ -412,7 +412,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OPTION=VALUE",
         help="for the bundles' inference.json on the Hippocampus, for instance spacing=1.0 or recorr.spacing=1.0",
     )
-    parser.add_argument("--instance_optimization", type=int, default=20, help="steps, of the rows with it")
+    parser.add_argument("--instance_optimization", type=int, default=40, help="steps, of the rows with it")
     parser.add_argument("--voxelmorph", type=Path, help="weights of benchmarks._voxelmorph")
     parser.add_argument("--syn_iterations", type=int, nargs="+", default=SYN_ITERATIONS, help="coarse to fine")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every method")

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +46,6 @@ __all__ = [
     "SampleNetworkGridd",
     "WriteRegistrationd",
 ]
-
-CT_STEPS = 20
-"""Of instance optimisation, where it is left to the images."""
 
 Data = dict[Hashable, Any]
 
@@ -164,8 +161,7 @@ class OptimizeInstanced(Transform):
     """Instance optimisation of the network's field; see `optimize_instance`.
 
     Args:
-        iterations: Adam steps; 0 leaves the field as it is; "auto" is `CT_STEPS` for two CT images and 0 for others:
-            RWCNet's paper sees it help lungs and harm brains.
+        iterations: Adam steps; 0 leaves the field as it is.
         similarity: "mind" or "ncc".
         smoothness, update_smoothness: weights of the two diffusion terms.
         learning_rate: of Adam.
@@ -174,11 +170,11 @@ class OptimizeInstanced(Transform):
     def __init__(
         self,
         *,
-        iterations: int | Literal["auto"] = 0,
+        iterations: int = 0,
         similarity: InstanceSimilarity = "mind",
         smoothness: float = 0.6,
-        update_smoothness: float = 1.0,
-        learning_rate: float = 0.1,
+        update_smoothness: float = 0.5,
+        learning_rate: float = 2.0,
     ) -> None:
         self.iterations = iterations
         self.similarity = similarity
@@ -191,18 +187,13 @@ class OptimizeInstanced(Transform):
         if "network_started" in result:
             network = time.perf_counter() - result["network_started"]
             result["seconds"] = {**result["seconds"], "network": network}
-        steps = self.iterations
-        if isinstance(steps, bool) or not (isinstance(steps, int) or steps == "auto"):
-            raise InputError(f"instance optimisation takes a number of steps or auto, got {steps!r}")
-        if steps == "auto":
-            pair: ImagePair = result["pair"]
-            steps = CT_STEPS if pair.fixed_modality == pair.moving_modality == "ct" else 0
-        result["instance_steps"] = steps
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
+            raise InputError(f"instance optimisation takes a number of steps, got {self.iterations!r}")
         with _timed(result, "instance_optimization"):
             result["pred"] = optimize_instance(
                 _unbatched(result["image"]),
                 _unbatched(result["pred"]),
-                iterations=steps,
+                iterations=self.iterations,
                 similarity=self.similarity,
                 smoothness=self.smoothness,
                 update_smoothness=self.update_smoothness,
@@ -285,7 +276,6 @@ class WriteRegistrationd(Transform):
             seconds=result.get("seconds", {}),
             settings={
                 **self.settings,
-                **({"instance_optimization": result["instance_steps"]} if "instance_steps" in result else {}),
                 **({"unfolded_voxels": result["unfolded_voxels"]} if "unfolded_voxels" in result else {}),
                 "weights_sha256": file_sha256(self.weights) if self.weights else None,
                 "fixed": str(result.get("fixed")),

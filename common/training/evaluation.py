@@ -96,7 +96,7 @@ class EvaluationRun:
         scans: Any = None,
         instance_optimization: int = 0,
         instance_similarity: InstanceSimilarity = "mind",
-        instance_learning_rate: float = 0.1,
+        instance_learning_rate: float = 2.0,
         compare: str | os.PathLike[str] | None = None,
         submission: bool = False,
     ) -> None:

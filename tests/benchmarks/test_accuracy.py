@@ -153,7 +153,7 @@ def test_options_of_a_bundle(tmp_path: Path) -> None:
     alone, refined = accuracy.find_methods(accuracy.build_parser().parse_args(arguments))
     assert (alone.name, refined.name) == ("recorr", "recorr+io")
     assert alone.options_for("real") == {"report": False, "uncertainty": False, "instance_optimization": 0}
-    assert refined.options_for("real")["instance_optimization"] == 20
+    assert refined.options_for("real")["instance_optimization"] == 40
     assert refined.options_for("hippocampus")["affine"] == "moments"
     assert refined.options_for("hippocampus")["spacing"] == 2.0  # over the 1.0 of the training
 

@@ -223,7 +223,7 @@ def negative_iterations(folder: Path, arguments: Arguments) -> str:
 
 def many_iterations(folder: Path, arguments: Arguments) -> str:
     arguments["instance_optimization"] = "many"
-    return "a number of steps or auto, got 'many'"
+    return "a number of steps, got 'many'"
 
 
 def unknown_similarity(folder: Path, arguments: Arguments) -> str:
