@@ -44,7 +44,7 @@ def optimize_instance(
       put through the coarse grid and smoothed like that it loses what the network has seen in small structures.
     - Its descriptors are averaged to the coarse grid, ours are sampled: they are sums over patches already, and
       averaged once more they no longer tell small structures apart.
-    - The rate falls to 0, so that half of its steps get as far.
+    - The rate rises, then falls to 0: half of its steps get as far, and a start that is good already is not lost.
 
     Args:
         image: (2, D, H, W), moving and fixed, in [0, 1].
@@ -52,7 +52,7 @@ def optimize_instance(
         iterations: Adam steps; 0 returns `ddf`.
         similarity: "mind" (any contrast) or "ncc" (one contrast).
         smoothness, update_smoothness: weights of the two diffusion terms.
-        learning_rate: of the first step, in voxels of the coarse grid before smoothing, roughly; it falls linearly.
+        learning_rate: the highest, in voxels of the coarse grid per step before smoothing, roughly.
         grid_factor: full-resolution voxels per grid point along each axis.
 
     Returns:
@@ -77,7 +77,7 @@ def optimize_instance(
         parameters = torch.zeros_like(start, requires_grad=True)
         # Short memories: in so few steps the usual (0.9, 0.999) would go on by what the first, largest gradients said.
         optimizer = torch.optim.Adam([parameters], lr=learning_rate, betas=(0.8, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iterations)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, iterations))
         for _ in range(iterations):
             update = _smooth(parameters)
             field = start + update
@@ -101,6 +101,11 @@ def _features(channel: Tensor, coarse: list[int], similarity: InstanceSimilarity
     else:
         features = F.avg_pool3d(channel, 3, stride=1, padding=1, count_include_pad=False)
     return F.interpolate(features, size=coarse, mode="trilinear", align_corners=True)
+
+
+def _rate(step: int, iterations: int, warm_up: float = 0.3) -> float:
+    """A line up and a line down, 1 at its top: Adam's first steps are as long as the rate, whatever the gradient."""
+    return min((step + 1) / (warm_up * iterations), (iterations - step) / ((1 - warm_up) * iterations), 1.0)
 
 
 def _smooth(field: Tensor) -> Tensor:
