@@ -1,9 +1,10 @@
 """Every method on the same pairs, judged by the same code: `python -m benchmarks.accuracy` prints the table.
 
-Rows: no displacement, our affine stage, ANTs SyN, ConvexAdam, and each bundle of bundles/ with the network alone and
-with instance optimisation. Blocks: the Hippocampus validation pairs, the other pairs of the test scans, generated pairs
-with their exact field. A method gets all pairs as NIfTI files, in a process of its own for each data set, and is judged
-from the files it writes. SyN and ConvexAdam start from our affine stage, as the bundles do.
+Rows: no displacement, our affine stage, ANTs SyN, ConvexAdam, instance optimisation without a network, and each bundle
+of bundles/ with the network alone and with instance optimisation. Blocks: the Hippocampus validation pairs, the other
+pairs of the test scans, generated pairs with their exact field. A method gets all pairs as NIfTI files, in a process of
+its own for each data set, and is judged from the files it writes. SyN and ConvexAdam start from our affine stage, as
+the bundles do.
 
 Results are kept, a CSV for each method and data set; a run that was interrupted goes on, and one with another method
 adds its rows. `--plot` draws what is there.
@@ -27,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _no_network
 from benchmarks._accuracy_pairs import Pair, generated_pairs, hippocampus_pairs, real_pairs
 from benchmarks._accuracy_tables import Row, print_blocks, read_blocks, read_table, write_table
 from benchmarks._judge import TRUTH, judge_bundle, judge_peer, judge_zero
@@ -88,6 +90,13 @@ def find_methods(options: argparse.Namespace) -> list[Method]:
             print(f"{title} is left out: the package {missing} is not installed (pip install -e '.[benchmarks]')")
         else:
             methods.append(Method(name, title))
+    steps = options.instance_optimization
+    if steps and _wanted("steps", options.methods):
+        config = ROOT / "bundles/recorr/configs/inference.json"
+        overlay = write_overlay(options.output_dir / "no_network.json", _no_network.INFERENCE)
+        by_data = {"": {"report": False, "instance_optimization": steps}}
+        weights = {"": _no_network.write_weights(options.output_dir / "no_network.pt")}
+        methods.append(Method("steps", f"{steps} steps alone", (config, overlay), weights, by_data))
     general, special = _assignments(options.weights), _assignments(options.hippocampus_weights)
     for bundle in sorted(path.parent.parent for path in (ROOT / "bundles").glob("*/configs/metadata.json")):
         name = bundle.name
@@ -395,6 +404,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", type=_names, help="zero,affine,syn,convexadam,recorr,recorr+io,...; all by default"
     )
+    parser.add_argument("--pairs", type=_names, help="only those whose names begin so, for instance lung_mri,brain")
     parser.add_argument("--hippocampus", type=int, default=40, help="number of pairs, 40 at most")
     parser.add_argument("--generated", type=int, default=20, help="number of generated pairs")
     parser.add_argument("--generated_shape", type=int, nargs=3, default=(96, 96, 96), metavar=("D", "H", "W"))
@@ -479,6 +489,8 @@ def run(comparison: Comparison, options: argparse.Namespace, methods: Sequence[M
             pairs = real_pairs(scans, folder / "pairs")
         else:
             pairs = generated_pairs(folder / "pairs", options.generated, options.generated_shape)
+        if options.pairs:
+            pairs = [pair for pair in pairs if pair["id"].startswith(tuple(options.pairs))]
         for method in methods:
             if not has_weights(method, data_set):
                 continue  # said before

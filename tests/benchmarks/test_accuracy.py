@@ -145,6 +145,23 @@ def test_settings_of_the_peers() -> None:
     assert _peers.syn_settings("brain_oasis")["syn_metric"] == "CC"
 
 
+def test_instance_optimization_without_a_network(tmp_path: Path) -> None:
+    arguments = [*_TINY, "--methods", "steps", "--instance_optimization", "5", "--output_dir", str(tmp_path)]
+    accuracy.main(arguments)
+    (row,) = _rows(tmp_path, "steps")
+    assert not row["problem"]
+    accuracy.main([*_TINY, "--methods", "zero", "--output_dir", str(tmp_path)])
+    assert 0 < float(row["epe_mm"]) != float(_rows(tmp_path, "zero")[0]["epe_mm"])
+
+
+def test_some_pairs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*_TINY, "--methods", "zero", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="there are no results"):
+        accuracy.main([*arguments, "--pairs", "brain,lung"])
+    accuracy.main([*arguments, "--pairs", "brain,generated_24"])
+    assert len(_rows(tmp_path, "zero")) == 1
+
+
 def test_options_of_a_bundle(tmp_path: Path) -> None:
     weights = tmp_path / "w.pt"
     torch.save({}, weights)
