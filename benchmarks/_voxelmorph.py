@@ -1,9 +1,9 @@
 """MONAI's VoxelMorph as one more network for the bundles' configs: `python -m benchmarks._voxelmorph` trains it.
 
-It takes train.json of ReCorr with nothing but the network exchanged, so that data, budget, loss and schedule are the
-same; every option goes to that command:
+It takes train.json and general.json of ReCorr with nothing but the network exchanged, so that data, loss and schedule are
+the same; every option goes to that command. ReCorr's general weights have seen 4,600 pairs, 46 epochs of 100:
 
-    python -m benchmarks._voxelmorph --output_dir runs/voxelmorph --max_epochs 30
+    python -m benchmarks._voxelmorph --output_dir runs/voxelmorph --max_epochs 46
     python -m benchmarks.accuracy --voxelmorph runs/voxelmorph/model.pt
 """
 
@@ -65,10 +65,10 @@ def write_overlay(path: Path, overlay: Mapping[str, Any]) -> Path:
 
 
 def train_voxelmorph(options: Sequence[str]) -> None:
-    """Run ReCorr's train.json on this network."""
+    """Run ReCorr's train.json and general.json on this network."""
     folder = Path(options[options.index("--output_dir") + 1]) if "--output_dir" in options else Path("runs/voxelmorph")
     overlay = write_overlay(folder / "network.json", NETWORK)
-    files = json.dumps([f"{CONFIGS}/train.json", str(overlay)])
+    files = json.dumps([f"{CONFIGS}/train.json", f"{CONFIGS}/general.json", str(overlay)])
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *options]
     subprocess.run([*command, *([] if "--output_dir" in options else ["--output_dir", str(folder)])], check=True)
 
