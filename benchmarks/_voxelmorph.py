@@ -1,7 +1,7 @@
 """MONAI's VoxelMorph as one more network for the bundles' configs: `python -m benchmarks._voxelmorph` trains it.
 
-It takes train.json and general.json of ReCorr with nothing but the network exchanged, so that data, loss and schedule are
-the same; every option goes to that command. ReCorr's general weights have seen 4,600 pairs, 46 epochs of 100:
+It takes train.json and general.json of ReCorr with nothing but the network exchanged, so that data, loss and schedule
+are the same; every option goes to that command. ReCorr's general weights have seen 4,600 pairs, 46 epochs of 100:
 
     python -m benchmarks._voxelmorph --output_dir runs/voxelmorph --max_epochs 46
     python -m benchmarks.accuracy --voxelmorph runs/voxelmorph/model.pt
