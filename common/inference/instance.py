@@ -19,7 +19,9 @@ from common.losses import LocalNCC, mind_ssc
 
 __all__ = ["InstanceSimilarity", "optimize_instance"]
 
-InstanceSimilarity = Literal["mind", "ncc"]
+_MIND_CHANNELS = 12
+
+InstanceSimilarity = Literal["mind", "ncc", "both"]
 
 
 def optimize_instance(
@@ -36,8 +38,8 @@ def optimize_instance(
     """Refine a field by Adam on a coarser displacement grid.
 
     Minimises 12 * mean squared difference of the MIND-SSC descriptors (radius 1, dilation 2), or 1 + the local NCC
-    loss, plus `smoothness` times the roughness of the field and `update_smoothness` times that of what is added to it:
-    the sum over the axes of the mean squared forward difference.
+    loss, or the sum of the two, plus `smoothness` times the roughness of the field and `update_smoothness` times that
+    of what is added to it: the sum over the axes of the mean squared forward difference.
 
     Different from ConvexAdam:
     - It optimises the field itself, with a weight of 1.25, from a start that has no detail yet. A network's field has:
@@ -50,7 +52,7 @@ def optimize_instance(
         image: (2, D, H, W), moving and fixed, in [0, 1].
         ddf: (3, D, H, W), voxels: where to start.
         iterations: Adam steps; 0 returns `ddf`.
-        similarity: "mind" (any contrast) or "ncc" (one contrast).
+        similarity: "mind" (any contrast), "ncc" or "both" (one contrast).
         smoothness, update_smoothness: weights of the two diffusion terms.
         learning_rate: the highest, in voxels of the coarse grid per step before smoothing, roughly.
         grid_factor: full-resolution voxels per grid point along each axis.
@@ -64,7 +66,7 @@ def optimize_instance(
     if iterations < 0:
         raise InputError(f"the number of instance optimisation steps must not be negative, got {iterations}")
     if similarity not in get_args(InstanceSimilarity):
-        raise InputError(f"instance optimisation by {similarity!r} is unknown; choose mind or ncc")
+        raise InputError(f"instance optimisation by {similarity!r} is unknown; choose mind, ncc or both")
     if iterations == 0:
         return ddf
     shape = ddf.shape[1:]
@@ -82,10 +84,11 @@ def optimize_instance(
             update = _smooth(parameters)
             field = start + update
             warped = warp(moving, field, padding_mode="border")
-            if similarity == "mind":
-                dissimilarity = 12 * (warped - fixed).square().mean()
-            else:
-                dissimilarity = 1 + local_ncc(fixed, warped)
+            dissimilarity = field.new_zeros(())
+            if similarity != "ncc":
+                dissimilarity = dissimilarity + 12 * (warped - fixed)[:, :_MIND_CHANNELS].square().mean()
+            if similarity != "mind":
+                dissimilarity = dissimilarity + 1 + local_ncc(fixed[:, -1:], warped[:, -1:])
             loss = dissimilarity + smoothness * _diffusion(field) + update_smoothness * _diffusion(update)
             optimizer.zero_grad()
             loss.backward()
@@ -95,12 +98,14 @@ def optimize_instance(
 
 
 def _features(channel: Tensor, coarse: list[int], similarity: InstanceSimilarity) -> Tensor:
-    """(1, 1, D, H, W) -> (1, C, *coarse), on a grid whose corners are the full grid's."""
-    if similarity == "mind":
-        features = mind_ssc(channel, radius=1, dilation=2)
-    else:
-        features = F.avg_pool3d(channel, 3, stride=1, padding=1, count_include_pad=False)
-    return F.interpolate(features, size=coarse, mode="trilinear", align_corners=True)
+    """(1, 1, D, H, W) -> (1, C, *coarse), descriptors before intensities; the grid has the full grid's corners."""
+    features = []
+    if similarity != "ncc":
+        features.append(mind_ssc(channel, radius=1, dilation=2))
+    if similarity != "mind":
+        features.append(F.avg_pool3d(channel, 3, stride=1, padding=1, count_include_pad=False))
+    shrunk = (F.interpolate(feature, size=coarse, mode="trilinear", align_corners=True) for feature in features)
+    return torch.cat(list(shrunk), dim=1)
 
 
 def _rate(step: int, iterations: int, warm_up: float = 0.3) -> float:

@@ -162,7 +162,7 @@ class OptimizeInstanced(Transform):
 
     Args:
         iterations: Adam steps; 0 leaves the field as it is.
-        similarity: "mind" or "ncc".
+        similarity: "mind", "ncc" or "both".
         smoothness, update_smoothness: weights of the two diffusion terms.
         learning_rate: of Adam.
     """

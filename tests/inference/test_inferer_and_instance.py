@@ -194,7 +194,9 @@ class TestOptimizeInstance:
         inner = (slice(None), *(slice(4, -4),) * 3)
         return float((ddf - exact)[inner].norm(dim=0).mean())
 
-    @pytest.mark.parametrize(("similarity", "inverted"), [("mind", False), ("mind", True), ("ncc", False)])
+    @pytest.mark.parametrize(
+        ("similarity", "inverted"), [("mind", False), ("mind", True), ("ncc", False), ("both", False)]
+    )
     def test_recovers_a_deformation(self, similarity: Any, inverted: bool) -> None:
         image, exact = self.pair(inverted=inverted)
         start = torch.zeros_like(exact)
