@@ -150,11 +150,10 @@ def test_instance_optimization_without_a_network(tmp_path: Path) -> None:
     accuracy.main(arguments)
     (row,) = _rows(tmp_path, "steps")
     assert not row["problem"]
-    accuracy.main([*_TINY, "--methods", "zero", "--output_dir", str(tmp_path)])
-    assert 0 < float(row["epe_mm"]) != float(_rows(tmp_path, "zero")[0]["epe_mm"])
+    assert float(row["sdlogj"]) > 1e-3  # of the affine stage alone it is 0
 
 
-def test_some_pairs_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_some_pairs_only(tmp_path: Path) -> None:
     arguments = [*_TINY, "--methods", "zero", "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="there are no results"):
         accuracy.main([*arguments, "--pairs", "brain,lung"])
