@@ -17,7 +17,10 @@ from common.geometry.fields import resize_ddf
 from common.layers.warp import warp
 from common.losses import LocalNCC, mind_ssc
 
-__all__ = ["InstanceSimilarity", "optimize_instance"]
+__all__ = ["LEARNING_RATE", "SMOOTHNESS", "UPDATE_SMOOTHNESS", "InstanceSimilarity", "optimize_instance"]
+
+# Chosen on seven of the pairs of `benchmarks.accuracy`.
+SMOOTHNESS, UPDATE_SMOOTHNESS, LEARNING_RATE = 0.6, 0.5, 2.0
 
 _MIND_CHANNELS = 12
 
@@ -30,9 +33,9 @@ def optimize_instance(
     *,
     iterations: int,
     similarity: InstanceSimilarity = "mind",
-    smoothness: float = 0.6,
-    update_smoothness: float = 0.5,
-    learning_rate: float = 2.0,
+    smoothness: float = SMOOTHNESS,
+    update_smoothness: float = UPDATE_SMOOTHNESS,
+    learning_rate: float = LEARNING_RATE,
     grid_factor: int = 2,
 ) -> Tensor:
     """Refine a field by Adam on a coarser displacement grid.

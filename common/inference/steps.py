@@ -32,7 +32,13 @@ from common.geometry.folding import remove_folding
 from common.geometry.spaces import Grid, itk_to_array, resample_to_grid, swap_lps_ras
 from common.inference.affine import AffineMode, align_affine
 from common.inference.inferer import choose_network_grid
-from common.inference.instance import InstanceSimilarity, optimize_instance
+from common.inference.instance import (
+    LEARNING_RATE,
+    SMOOTHNESS,
+    UPDATE_SMOOTHNESS,
+    InstanceSimilarity,
+    optimize_instance,
+)
 from common.inference.output import write_registration
 from common.inference.pair import ImagePair, Registration, load_pair
 from common.inference.weights import file_sha256
@@ -172,9 +178,9 @@ class OptimizeInstanced(Transform):
         *,
         iterations: int = 0,
         similarity: InstanceSimilarity = "mind",
-        smoothness: float = 0.6,
-        update_smoothness: float = 0.5,
-        learning_rate: float = 2.0,
+        smoothness: float = SMOOTHNESS,
+        update_smoothness: float = UPDATE_SMOOTHNESS,
+        learning_rate: float = LEARNING_RATE,
     ) -> None:
         self.iterations = iterations
         self.similarity = similarity

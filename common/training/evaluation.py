@@ -21,7 +21,7 @@ from common.data.pairs import PairDataset
 from common.data.readers import EvaluationRules
 from common.errors import InputError, find_registration_error
 from common.geometry.spaces import PairGrids
-from common.inference.instance import InstanceSimilarity, optimize_instance
+from common.inference.instance import LEARNING_RATE, InstanceSimilarity, optimize_instance
 from common.inference.weights import load_weights
 from common.io import StagedOutput, atomic_path, check_output_dir, write_learn2reg
 from common.memory import keep_freed_pages
@@ -96,7 +96,7 @@ class EvaluationRun:
         scans: Any = None,
         instance_optimization: int = 0,
         instance_similarity: InstanceSimilarity = "mind",
-        instance_learning_rate: float = 2.0,
+        instance_learning_rate: float = LEARNING_RATE,
         compare: str | os.PathLike[str] | None = None,
         submission: bool = False,
     ) -> None:
