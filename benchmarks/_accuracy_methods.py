@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +96,7 @@ def _network_rows(
     print(f"{name}: " + ", ".join(f"{key} {path} {file_sha256(path)[:8]}" for key, path in used.items()))
     hippocampus: dict[str, Any] = {}
     if "hippocampus" in weights:
-        hippocampus |= _trained_on_hippocampus(configs[0])
+        hippocampus |= _for_hippocampus(configs[0])
     for key, value in _assignments(options.affine, bare="").items():
         if key in ("", name):
             hippocampus["affine"] = value
@@ -112,18 +111,11 @@ def _network_rows(
     return rows
 
 
-def _trained_on_hippocampus(config: Path) -> dict[str, Any]:
-    """What the bundle's training on these scans sets and its inference has to know: its spacing and network.
-
-    And what it sees: crops whose centres lie on each other, and some of the moving one around the fixed one's.
-    """
-    overlay = config.with_name("hippocampus.json")
-    settings = json.loads(overlay.read_text()) if overlay.is_file() else {}
-    return {"affine": "centers", "margin": 8, "coarse_passes": 0} | {
-        key: value
-        for key, value in settings.items()
-        if key in ("spacing", "modality", "window", "affine") or re.match(r"network_def[#:]", key)
-    }
+def _for_hippocampus(config: Path) -> dict[str, Any]:
+    """What the bundle's overlay for these weights sets: spacing, affine stage, margin."""
+    overlay = config.with_name("hippocampus_inference.json")
+    settings: dict[str, Any] = json.loads(overlay.read_text()) if overlay.is_file() else {}
+    return {key: value for key, value in settings.items() if key != "weights"}
 
 
 def _wanted(name: str, chosen: Sequence[str] | None) -> bool:

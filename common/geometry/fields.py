@@ -89,13 +89,14 @@ def exponentiate(velocity: Tensor, *, steps: int = 7) -> Tensor:
     return ddf
 
 
-def jacobian_determinant(ddf: Tensor) -> Tensor:
+def jacobian_determinant(ddf: Tensor, *, base: Sequence[Sequence[float]] | None = None) -> Tensor:
     """Determinant of the Jacobian of p + ddf(p), by central differences at the interior voxels.
 
     In voxel units; for two images of one grid it equals the determinant in mm, whatever the spacing.
 
     Args:
         ddf: (B, 3, D, H, W), voxels.
+        base: (3, 3), the Jacobian of another map in place of that of p: the identity.
 
     Returns:
         (B, 1, D-2, H-2, W-2).
@@ -110,8 +111,10 @@ def jacobian_determinant(ddf: Tensor) -> Tensor:
     d_d = (u[:, :, 2:, inner, inner] - u[:, :, :-2, inner, inner]) / 2  # (B, 3, D-2, H-2, W-2)
     d_h = (u[:, :, inner, 2:, inner] - u[:, :, inner, :-2, inner]) / 2
     d_w = (u[:, :, inner, inner, 2:] - u[:, :, inner, inner, :-2]) / 2
-    a, b, c = 1 + d_d[:, 0], d_h[:, 0], d_w[:, 0]
-    d, e, f = d_d[:, 1], 1 + d_h[:, 1], d_w[:, 1]
-    g, h, i = d_d[:, 2], d_h[:, 2], 1 + d_w[:, 2]
+    base = base or ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    (a, b, c), (d, e, f), (g, h, i) = (
+        [derivative[:, row] + constant for derivative, constant in zip((d_d, d_h, d_w), constants, strict=True)]
+        for row, constants in enumerate(base)
+    )
     determinant = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
     return determinant.unsqueeze(1)

@@ -2,68 +2,129 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
 from common.geometry.fields import jacobian_determinant
+from common.geometry.spaces import Grid
 
 __all__ = ["remove_folding"]
 
 _REACH = 2  # voxels around a fold that give way, too
-_ROUNDS = 4  # over the field: smoothing one fold away may leave another beside it
+_LEAST_AT_REST = 0.3  # determinant of the affine stage alone: far enough from 0 to keep away from it
+_FILTERS = 8  # for one group, before what is left of it is grouped anew: less and less is smoothed
 
 
-def remove_folding(ddf: Tensor, *, smallest: float = 0.05, iterations: int = 60) -> tuple[Tensor, int]:
+def remove_folding(
+    ddf: Tensor,
+    *,
+    grid: Grid | None = None,
+    fixed_to_moving: np.ndarray | None = None,
+    smallest: float = 0.05,
+    iterations: int = 240,
+) -> tuple[Tensor, int]:
     """Smooth a field where it folds, and nowhere else.
 
     Around each group of voxels whose Jacobian determinant is not above `smallest`, 3^3 mean filters are blended in,
     in full at the group and not at all beyond 2 voxels away from it, until the group is gone. A field without such
     voxels is returned as it is. The work is that of finding the groups, and small for each.
 
+    ITK's DisplacementFieldJacobianDeterminantFilter, which SimpleITK, Slicer and ANTs have, too, leaves the image's
+    direction out: along a flipped axis it takes a stretch for a compression, and one to more than the double length
+    for a fold. With the `grid` given, its determinant has to be above `smallest`, too, so that those who check a
+    registration by that filter find no folds either.
+
     Args:
         ddf: (3, D, H, W), voxels.
+        grid: of `ddf`.
+        fixed_to_moving: (4, 4), LPS mm: the affine stage after `ddf`; the filter sees both stages.
         smallest: determinant that every voxel is to exceed.
-        iterations: most filters for one group in one of four rounds.
+        iterations: most filters at one place, roughly.
 
     Returns:
         (3, D, H, W), and the number of voxels that did not exceed `smallest` before. Of a field that folds by the per
         cent, some folds are left, smaller.
     """
-    before = 0
-    for turn in range(_ROUNDS):
-        folded = _determinant(ddf) <= smallest  # (D, H, W)
-        if turn == 0:
-            before = int(folded.sum())
-            ddf = ddf.clone() if before else ddf
-        if not folded.any():
-            break
-        near = ndimage.binary_dilation(folded.cpu().numpy(), iterations=_REACH)
-        groups, _ = ndimage.label(near)
-        for found in ndimage.find_objects(groups):
-            box = (slice(None), *(slice(max(side.start - 2, 0), side.stop + 2) for side in found))
-            movable = torch.zeros_like(ddf[box][:1])
-            movable[:, *(slice(s.start - b.start, s.stop - b.start) for s, b in zip(found, box[1:], strict=True))] = 1
-            ddf[box] = _smooth_until_flat(ddf[box], movable, smallest, iterations)
+    measures = [_Measure(np.eye(3), 1.0)]
+    if grid is not None and (itk := _itk_measure(grid, fixed_to_moving)) is not None:
+        measures.append(itk)
+    folded = _smallest_determinant(ddf, measures) <= smallest  # (D, H, W)
+    before = int(folded.sum())
+    ddf = ddf.clone() if before else ddf
+    boxes = _groups(folded)
+    for _ in range(0, iterations, _FILTERS):
+        boxes = [rest for box in boxes for rest in _smooth_group(ddf, box, measures, smallest)]
     return ddf, before
 
 
-def _smooth_until_flat(ddf: Tensor, movable: Tensor, smallest: float, iterations: int) -> Tensor:
-    """Of a box, the part that is `movable`, (1, D, H, W), 0 or 1."""
-    for _ in range(iterations):
-        folded = _determinant(ddf) <= smallest
-        if not folded.any():
+_Box = tuple[slice, ...]
+
+
+class _Measure(NamedTuple):
+    """A determinant: `factor * det(base + A)`, A the derivative of the field in voxels."""
+
+    base: np.ndarray
+    factor: float
+
+
+def _itk_measure(grid: Grid, fixed_to_moving: np.ndarray | None) -> _Measure | None:
+    """What ITK's filter sees of p -> fixed_to_moving(p + ddf(p)); None where the affine stage alone looks folded to it.
+
+    With the direction R, the spacings S and the affine stage's matrix L, the filter takes the derivative of the
+    displacement in mm along the image's axes for one along those of the patient: I + L R S (I + A) S^-1 - R. Its
+    determinant is det(L) det(R) det(base + A), base = I + S^-1 R^-1 L^-1 (I - R) S.
+    """
+    spacing, direction = np.diag(grid.spacing), grid.direction
+    matrix = np.eye(3) if fixed_to_moving is None else np.asarray(fixed_to_moving)[:3, :3]
+    off_axis = np.linalg.inv(matrix @ direction @ spacing) @ (np.eye(3) - direction) @ spacing
+    measure = _Measure(np.eye(3) + off_axis, float(np.linalg.det(matrix) * np.linalg.det(direction)))
+    at_rest = measure.factor * np.linalg.det(measure.base)
+    return measure if at_rest > _LEAST_AT_REST and np.abs(off_axis).max() > 1e-6 else None
+
+
+def _smooth_group(ddf: Tensor, box: _Box, measures: Sequence[_Measure], smallest: float) -> list[_Box]:
+    """Filter `ddf`, (3, D, H, W), in place in the box around a group; the boxes around what is left of it."""
+    around = tuple(slice(max(side.start - 2, 0), side.stop + 2) for side in box)
+    part = ddf[:, *around]
+    movable = torch.zeros_like(part[:1])
+    movable[:, *(slice(s.start - a.start, s.stop - a.start) for s, a in zip(box, around, strict=True))] = 1
+    # Outermost voxels have no neighbours for a derivative here, unless the field itself ends with them.
+    known = torch.zeros_like(part[0], dtype=torch.bool)
+    ends = zip(around, ddf.shape[1:], strict=True)
+    known[*(slice(int(a.start > 0), -1 if a.stop < n else None) for a, n in ends)] = True
+    for turn in range(_FILTERS + 1):
+        folded = (_smallest_determinant(part, measures) <= smallest) & known
+        if turn == _FILTERS or not folded.any():
             break
-        weight = F.max_pool3d(folded[None, None].float(), 3, stride=1, padding=1)
-        weight = _mean(weight)[0] * movable
-        ddf = ddf + weight * (_mean(ddf[None])[0] - ddf)
-    return ddf
+        weight = _mean(F.max_pool3d(folded[None, None].float(), 3, stride=1, padding=1))[0] * movable
+        part = part + weight * (_mean(part[None])[0] - part)
+    ddf[:, *around] = part
+    return [
+        tuple(slice(s.start + a.start, s.stop + a.start) for s, a in zip(group, around, strict=True))
+        for group in _groups(folded)
+    ]
 
 
-def _determinant(ddf: Tensor) -> Tensor:
-    """(3, D, H, W) -> (D, H, W); the field goes on beyond the border as it ends."""
-    return jacobian_determinant(F.pad(ddf[None], (1,) * 6, mode="replicate"))[0, 0]
+def _groups(folded: Tensor) -> list[_Box]:
+    """The boxes around the groups of voxels, (D, H, W), and what is near them."""
+    if not folded.any():
+        return []
+    near = ndimage.binary_dilation(folded.cpu().numpy(), iterations=_REACH)
+    return list(ndimage.find_objects(ndimage.label(near)[0]))
+
+
+def _smallest_determinant(ddf: Tensor, measures: Sequence[_Measure]) -> Tensor:
+    """(3, D, H, W) -> (D, H, W), of all measures; the field goes on beyond the border as it ends."""
+    padded = F.pad(ddf[None], (1,) * 6, mode="replicate")
+    determinants = [m.factor * jacobian_determinant(padded, base=m.base.tolist())[0, 0] for m in measures]
+    return functools.reduce(torch.minimum, determinants)
 
 
 def _mean(volume: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class OptimizeInstanced(Transform):
 
     Args:
         iterations: Adam steps; 0 leaves the field as it is.
-        similarity: "mind", "ncc" or "both".
+        similarity: "auto", "mind" or "ncc".
         smoothness, update_smoothness: weights of the two diffusion terms.
         learning_rate: of Adam.
     """
@@ -177,7 +177,7 @@ class OptimizeInstanced(Transform):
         self,
         *,
         iterations: int = 0,
-        similarity: InstanceSimilarity = "mind",
+        similarity: InstanceSimilarity = "auto",
         smoothness: float = SMOOTHNESS,
         update_smoothness: float = UPDATE_SMOOTHNESS,
         learning_rate: float = LEARNING_RATE,
@@ -227,7 +227,9 @@ class FinishRegistrationd(Transform):
         ddf = _unbatched(result["pred"]).detach()
         if self.unfold:
             with _timed(result, "unfolding"):
-                ddf, result["unfolded_voxels"] = remove_folding(ddf.float())
+                ddf, result["unfolded_voxels"] = remove_folding(
+                    ddf.float(), grid=grid, fixed_to_moving=result["fixed_to_moving"]
+                )
         with _timed(result, "warping"):
             registration = Registration(
                 result["pair"],

@@ -75,7 +75,7 @@ class EvaluationRun:
         scans: the `TrainingScans` that the pairs come from, for the rules of its challenge (`EvaluationRules`).
         instance_optimization: steps by which each pair's field is refined before it is measured, see
             `optimize_instance`.
-        instance_similarity: "mind", "ncc" or "both", for these.
+        instance_similarity: "auto", "mind" or "ncc", for these.
         instance_learning_rate: of Adam, for these.
         compare: evaluation.csv of another run; the figures that both have are compared by paired Wilcoxon tests over
             the pairs that both have.
@@ -95,7 +95,7 @@ class EvaluationRun:
         spacing: float | Sequence[float] | None = None,
         scans: Any = None,
         instance_optimization: int = 0,
-        instance_similarity: InstanceSimilarity = "mind",
+        instance_similarity: InstanceSimilarity = "auto",
         instance_learning_rate: float = LEARNING_RATE,
         compare: str | os.PathLike[str] | None = None,
         submission: bool = False,

@@ -195,7 +195,7 @@ class TestOptimizeInstance:
         return float((ddf - exact)[inner].norm(dim=0).mean())
 
     @pytest.mark.parametrize(
-        ("similarity", "inverted"), [("mind", False), ("mind", True), ("ncc", False), ("both", False)]
+        ("similarity", "inverted"), [("auto", False), ("auto", True), ("mind", False), ("mind", True), ("ncc", False)]
     )
     def test_recovers_a_deformation(self, similarity: Any, inverted: bool) -> None:
         image, exact = self.pair(inverted=inverted)
