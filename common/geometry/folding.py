@@ -36,10 +36,10 @@ def remove_folding(
     in full at the group and not at all beyond 2 voxels away from it, until the group is gone. A field without such
     voxels is returned as it is. The work is that of finding the groups, and small for each.
 
-    ITK's DisplacementFieldJacobianDeterminantFilter, which SimpleITK, Slicer and ANTs have, too, leaves the image's
-    direction out: along a flipped axis it takes a stretch for a compression, and one to more than the double length
-    for a fold. With the `grid` given, its determinant has to be above `smallest`, too, so that those who check a
-    registration by that filter find no folds either.
+    ITK 5's DisplacementFieldJacobianDeterminantFilter, SimpleITK's, too, leaves the image's direction out
+    (https://github.com/InsightSoftwareConsortium/ITK/issues/5358): along a flipped axis it takes a stretch for a
+    compression, and one to more than the double length for a fold. With the `grid` given, its determinant has to be
+    above `smallest`, too, so that those who check a registration by that filter find no folds either.
 
     Args:
         ddf: (3, D, H, W), voxels.

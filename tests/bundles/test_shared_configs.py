@@ -23,6 +23,7 @@ MAY_DIFFER = {
         r"postprocessing::transforms::\d+::settings::(iterations|steps|windows)",
     ],
     "evaluate": [],
+    "hippocampus_inference": [r"network_def#.+", r"margin", r"instance_optimization"],
 }
 """Keys, from the top, whose value is the bundle's own; its name may differ wherever it stands."""
 

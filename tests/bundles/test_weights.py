@@ -39,6 +39,23 @@ def test_are_those_of_the_network(path: Path) -> None:
     assert all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 
+def test_the_hippocampus_overlay_sets_options_of_inference(bundle: Path) -> None:
+    """Those of the training, and the weights."""
+    inference, training, overlay = (
+        json.loads((bundle / "configs" / f"{name}.json").read_text())
+        for name in ("inference", "hippocampus", "hippocampus_inference")
+    )
+    assert {key.split("#")[0] for key in overlay} <= set(inference)
+    network = {key for key in training if key.startswith("network_def")}
+    assert {key: overlay[key] for key in network | {"spacing", "modality"}} == {
+        key: training[key] for key in network | {"spacing", "modality"}
+    }
+    parser = ConfigParser()
+    parser.read_config([bundle / "configs" / f"{name}.json" for name in ("inference", "hippocampus_inference")])
+    parser["bundle_root"] = str(bundle)
+    assert Path(parser.get_parsed_content("weights")) == bundle / "models" / "hippocampus.pt"
+
+
 def test_no_description_without_a_file() -> None:
     for bundle in BUNDLES:
         metadata = json.loads((bundle / "configs" / "metadata.json").read_text())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from common.geometry.fields import jacobian_determinant
 from common.geometry.folding import remove_folding
+from common.geometry.spaces import Grid, ddf_to_displacement
 
 SHAPE = (30, 36, 33)
 
@@ -65,3 +69,56 @@ def test_a_field_without_folds_is_returned_as_it_is() -> None:
     ddf = 0.3 * random_field(1.0)
     result, voxels = remove_folding(ddf)
     assert (voxels, result is ddf) == (0, True)
+
+
+FLIPPED = np.diag([-1.0, -1.0, 1.0])  # RAS
+PERMUTED = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+OBLIQUE = Rotation.from_euler("xyz", [20, -15, 30], degrees=True).as_matrix() @ PERMUTED
+
+
+class TestByItk:
+    """What SimpleITK's filter says of the displacement of both stages."""
+
+    @staticmethod
+    def grid(direction: np.ndarray) -> Grid:
+        affine = np.eye(4)
+        affine[:3, :3] = direction * [1.5, 0.8, 2.0]
+        return Grid(SHAPE, affine)
+
+    @staticmethod
+    def determinant(ddf: Tensor, grid: Grid, matrix: np.ndarray) -> np.ndarray:
+        """(D-2, H-2, W-2) of p -> matrix (p + u)."""
+        index = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), axis=-1)
+        points = grid.to_physical(index.reshape(-1, 3)).reshape(*grid.shape, 3)
+        total = (points + ddf_to_displacement(ddf, grid)) @ matrix.T - points
+        image = sitk.GetImageFromArray(np.ascontiguousarray(total.transpose(2, 1, 0, 3)), isVector=True)
+        image.SetSpacing(grid.spacing.tolist())
+        image.SetDirection(grid.direction.ravel().tolist())
+        determinant = sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(image))
+        return determinant.transpose(2, 1, 0)[1:-1, 1:-1, 1:-1]
+
+    @pytest.mark.parametrize("direction", [FLIPPED, PERMUTED, OBLIQUE], ids=["flipped", "permuted", "oblique"])
+    def test_no_fold_is_left(self, direction: np.ndarray) -> None:
+        grid, (ddf, _) = self.grid(direction), remove_folding(random_field(1.5))
+        affine = np.eye(4)
+        affine[:3, :3] = [[1.05, 0.06, 0.0], [-0.04, 0.94, 0.05], [0.02, -0.05, 1.03]]
+        assert not folds(ddf).any()
+        assert (self.determinant(ddf, grid, affine[:3, :3]) <= 0).any()
+        result, voxels = remove_folding(ddf, grid=grid, fixed_to_moving=affine)
+        assert voxels > 0
+        assert not folds(result).any()
+        assert not (self.determinant(result, grid, affine[:3, :3]) <= 0).any()
+
+    def test_a_grid_along_the_axes_has_one_determinant(self) -> None:
+        ddf = random_field(1.5)
+        alone, with_grid = remove_folding(ddf), remove_folding(ddf, grid=self.grid(np.eye(3)))
+        assert torch.equal(alone[0], with_grid[0])
+        assert alone[1] == with_grid[1]
+
+    def test_an_affine_stage_that_looks_folded_by_itself_is_let_be(self) -> None:
+        """A scan of the double size and a flipped axis: to the filter no field is without folds."""
+        affine = np.diag([2.5, 1.0, 1.0, 1.0])
+        grid, ddf = self.grid(FLIPPED), 0.3 * random_field(1.0)
+        assert (self.determinant(ddf, grid, affine[:3, :3]) <= 0).mean() > 0.9
+        result, voxels = remove_folding(ddf, grid=grid, fixed_to_moving=affine)
+        assert (voxels, result is ddf) == (0, True)

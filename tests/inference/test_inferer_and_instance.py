@@ -17,6 +17,7 @@ from common.errors import InputError
 from common.geometry.fields import jacobian_determinant
 from common.geometry.spaces import Grid
 from common.inference import PaddedInferer, SequenceInferer, choose_network_grid, optimize_instance
+from common.inference.instance import have_one_contrast
 from common.layers.warp import warp
 from common.losses import GradientLoss
 
@@ -204,6 +205,21 @@ class TestOptimizeInstance:
         assert not refined.requires_grad
         assert self.error(refined, exact) < 0.6 * self.error(start, exact)
         assert float(jacobian_determinant(refined[None]).min()) > 0
+
+    def test_tells_one_contrast_from_two(self) -> None:
+        for inverted in (False, True):
+            image, exact = self.pair(inverted=inverted)
+            assert have_one_contrast(image, exact) is not inverted
+
+    def test_correlation_joins_for_one_contrast_only(self) -> None:
+        for inverted in (False, True):
+            image, exact = self.pair(inverted=inverted)
+            auto, mind = (optimize_instance(image, 0 * exact, iterations=10, similarity=s) for s in ("auto", "mind"))
+            assert torch.equal(auto, mind) is inverted
+
+    def test_images_smaller_than_the_window(self) -> None:
+        image, start = torch.rand(2, 24, 20, 4), torch.zeros(3, 24, 20, 4)
+        assert optimize_instance(image, start, iterations=4).isfinite().all()
 
     def test_improves_a_start(self) -> None:
         image, exact = self.pair()
