@@ -13,20 +13,26 @@ from typing import Any
 from common.errors import InputError
 
 __all__ = [
+    "SCAN_FILES",
     "Item",
     "PathLike",
     "absolute",
     "check_keys",
+    "entries_of",
     "load_json",
     "load_json_object",
     "read_rows",
     "read_text",
+    "scan_of",
     "stem",
     "with_ids",
 ]
 
 Item = dict[str, str]
 PathLike = str | os.PathLike[str]
+
+SCAN_FILES = ("image", "label", "keypoints", "mask")
+"""What a scan to train on may consist of."""
 
 
 def read_text(path: Path) -> str:
@@ -171,3 +177,21 @@ def stem(path: Path) -> str:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return path.stem
+
+
+def entries_of(path: Path, content: dict[str, Any], section: str) -> list[Any]:
+    """The entries of one list of a json file, which must not be empty."""
+    entries = content.get(section)
+    if not isinstance(entries, list) or not entries:
+        lists = ", ".join(key for key, value in content.items() if isinstance(value, list) and value) or "none"
+        raise InputError(f"'{path}': it has no list '{section}' or an empty one; its lists: {lists}")
+    return entries
+
+
+def scan_of(path: Path, where: str, entry: Any) -> Item:
+    """The files of one entry, a path or {"image": path, ...}, as absolute paths."""
+    entry = {"image": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise InputError(f"'{path}', {where}: it is neither a path nor an object with an 'image'")
+    files = {key: entry[key] for key in SCAN_FILES if isinstance(entry.get(key), str)}
+    return absolute(path, where, files, files=SCAN_FILES)

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from common.data._rows import Item
 from common.data.pairs import PairDataset, Pairing
-from common.data.readers import EvaluationRules, Item, read_dataset, read_evaluation_rules, select_items, split_items
+from common.data.readers import EvaluationRules, read_dataset, read_evaluation_rules
+from common.data.splits import select_items, split_items
 from common.data.synthetic import SyntheticPairs
 from common.errors import InputError
 

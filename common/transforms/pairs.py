@@ -14,7 +14,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform, Transform
 
-from common.data.readers import read_keypoints
+from common.data.keypoints import read_keypoints
 from common.errors import InputError
 
 __all__ = ["LoadKeypointsd", "ResolvePaird", "SwapPaird"]

@@ -13,7 +13,9 @@ from monai.transforms import LoadImaged
 
 from common.data import TrainingScans
 from common.data.dirlab import DIRLAB_CASES, is_dirlab, read_dirlab, read_dirlab_image, read_dirlab_landmarks
-from common.data.readers import EvaluationRules, read_dataset, read_evaluation_rules, read_keypoints, select_items
+from common.data.keypoints import read_keypoints
+from common.data.readers import EvaluationRules, read_dataset, read_evaluation_rules
+from common.data.splits import select_items
 from common.errors import InputError
 from common.geometry.spaces import Grid, swap_lps_ras
 from common.metrics import tre_mm

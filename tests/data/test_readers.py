@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 from learn2reg_layout import OASIS_TRAINING, make_nlst, make_oasis
 
-from common.data.readers import (
-    EvaluationRules,
-    read_datalist,
-    read_dataset,
-    read_decathlon,
-    read_evaluation_rules,
-    read_keypoints,
-    read_learn2reg,
-    read_learn2reg_pairs,
-    read_pairs,
-    split_items,
-)
+from common.data import read_datalist, read_decathlon, read_learn2reg, read_learn2reg_pairs, read_pairs
+from common.data.keypoints import read_keypoints
+from common.data.readers import EvaluationRules, read_dataset, read_evaluation_rules
+from common.data.splits import split_items
 from common.data.training import TrainingPairs, TrainingScans
 from common.errors import InputError
 

@@ -11,8 +11,8 @@ import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, ConcatItemsd, EnsureChannelFirstd, LoadImaged
 
+from common.data import read_decathlon
 from common.data.pairs import PairDataset
-from common.data.readers import read_decathlon
 from common.errors import InputError
 from common.transforms import LoadKeypointsd, NormalizeImaged, ResampleToNetworkGridd, ResolvePaird, SwapPaird
 
