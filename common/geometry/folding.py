@@ -18,7 +18,7 @@ from common.geometry.spaces import Grid
 __all__ = ["remove_folding"]
 
 _REACH = 2  # voxels around a fold that give way, too
-_LEAST_AT_REST = 0.3  # determinant of the affine stage alone: far enough from 0 to keep away from it
+_LEAST_AT_REST = 0.75  # below, the affine stage alone takes much of what the filter allows: good fields would suffer
 _FILTERS = 8  # for one group, before what is left of it is grouped anew: less and less is smoothed
 
 

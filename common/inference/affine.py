@@ -134,7 +134,7 @@ def _level_image(volume: Tensor, grid: Grid, voxels: int) -> sitk.Image:
     target = grid.with_spacing(spacing)
     smooth = volume[0].numpy()
     for axis, size in enumerate(grid.spacing):
-        window = round(spacing / size)
+        window = round(spacing / size) // 2 * 2 + 1  # odd: an even one moves the image by half a voxel
         if window > 1:
             smooth = ndimage.uniform_filter1d(smooth, window, axis=axis, mode="nearest")
     array = resample_to_grid(torch.from_numpy(smooth)[None], grid, target, padding_mode="border")[0].numpy()

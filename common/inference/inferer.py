@@ -16,6 +16,7 @@ from common.geometry.fields import compose, resize_ddf
 from common.geometry.spaces import Grid
 from common.inference.uncertainty import mirrored_spread
 from common.layers.warp import warp
+from common.options import as_flag
 from common.precision import bfloat16_region
 
 __all__ = ["PaddedInferer", "SequenceInferer", "choose_network_grid"]
@@ -58,8 +59,8 @@ class PaddedInferer(Inferer):
         self.coarse_passes = coarse_passes
         self.multiple = multiple
         self.minimum = minimum
-        self.amp = amp
-        self.uncertainty = uncertainty
+        self.amp = as_flag(amp, "amp")
+        self.uncertainty = as_flag(uncertainty, "uncertainty")
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
         """(B, 2, D, H, W) of any size -> ddf (B, 3, D, H, W), then the spreads (B, L, D, H, W) where asked for."""
@@ -120,7 +121,7 @@ class SequenceInferer(Inferer):
     def __init__(self, *, sequence: bool = True, bfloat16: bool = False) -> None:
         super().__init__()
         self.sequence = sequence
-        self.bfloat16 = bfloat16
+        self.bfloat16 = as_flag(bfloat16, "bfloat16")
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
         """(B, 2, D, H, W) -> list of ddf (B, 3, D, H, W), coarse to fine."""
@@ -157,27 +158,39 @@ def choose_network_grid(
     Raises:
         InputError: when `spacing` is not positive, or asks for more than the free memory.
     """
-    free = _free_bytes(torch.device(device))
     if spacing is not None:
         if not (isinstance(spacing, int | float) and spacing > 0):
             raise InputError(f"the network grid's spacing must be a positive number of mm, got {spacing!r}")
         grid = fixed.with_spacing(float(spacing))
-        needed = math.prod(grid.shape) * bytes_per_voxel
-        if needed > free:
-            raise InputError(
-                f"a network grid of {spacing} mm needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
-                "free; choose a larger spacing"
-            )
+        check_memory(grid, bytes_per_voxel=bytes_per_voxel, device=device)
         return grid
     volume = math.prod(n * float(s) for n, s in zip(fixed.shape, fixed.spacing, strict=True))
     native = float(fixed.spacing.prod() ** (1 / 3))
     shortest = min(n * float(s) for n, s in zip(fixed.shape, fixed.spacing, strict=True)) / native
     finest = native / min(max(min_size / shortest, 1.0), 2.0)
-    affordable = min(float(max_voxels), 0.5 * free / bytes_per_voxel)
+    affordable = min(float(max_voxels), 0.5 * _free_bytes(torch.device(device)) / bytes_per_voxel)
     return fixed.with_spacing(max(finest, (volume / affordable) ** (1 / 3)))
+
+
+def check_memory(grid: Grid, *, bytes_per_voxel: float, device: str | torch.device = "cpu") -> None:
+    """Refuse a network grid that the free memory cannot hold.
+
+    Raises:
+        InputError: with the figures.
+    """
+    free = _free_bytes(torch.device(device))
+    needed = math.prod(grid.shape) * bytes_per_voxel
+    if needed > free:
+        size = f"{float(grid.spacing.min()):g} mm"
+        raise InputError(
+            f"a network grid of {size} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+            "free; choose a larger spacing"
+        )
 
 
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        # What PyTorch keeps of earlier pairs is free to it, and not to the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     return float(psutil.virtual_memory().available)

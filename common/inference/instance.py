@@ -6,6 +6,7 @@ too; here it is the change of the field that is optimised.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -77,10 +78,12 @@ def optimize_instance(
         (3, D, H, W), voxels.
 
     Raises:
-        InputError: for a negative number of iterations or an unknown similarity.
+        InputError: for a negative number of iterations, a rate that is not positive or an unknown similarity.
     """
     if iterations < 0:
         raise InputError(f"the number of instance optimisation steps must not be negative, got {iterations}")
+    if isinstance(learning_rate, bool) or not (isinstance(learning_rate, int | float) and 0 < learning_rate < math.inf):
+        raise InputError(f"the rate of instance optimisation must be a positive number, got {learning_rate!r}")
     if similarity not in get_args(InstanceSimilarity):
         raise InputError(f"instance optimisation by {similarity!r} is unknown; choose auto, mind or ncc")
     if iterations == 0:
@@ -101,7 +104,7 @@ def optimize_instance(
         for step in range(iterations):
             update = _smooth(parameters)
             field = start + update
-            if similarity == "auto" and step == iterations // 2:
+            if similarity == "auto" and step == (iterations + 1) // 2:
                 one_contrast = have_one_contrast(image, resize_ddf(field.detach(), shape)[0])
             if one_contrast:
                 ncc_weight = _NCC_WEIGHT * (2 * step / iterations - 1)

@@ -63,7 +63,7 @@ def write_registration(
         seconds: of the steps before this one.
         settings: repeated in metrics.json.
         report: draw report.png.
-        learn2reg: also write learn2reg.nii.gz, the deformable stage in voxels of the fixed grid.
+        learn2reg: also write learn2reg.nii.gz: both stages, from voxels of the fixed scan to those of the moving one.
 
     Returns:
         what metrics.json holds.
@@ -89,7 +89,7 @@ def write_registration(
         )
         write_displacement(stage / "displacement.nii.gz", registration.total_displacement, pair.fixed_grid)
         if learn2reg:
-            write_learn2reg(stage / "learn2reg.nii.gz", registration.deformation_ddf[0], grid=pair.fixed_grid)
+            write_learn2reg(stage / "learn2reg.nii.gz", registration.voxel_displacement, grid=pair.fixed_grid)
         if registration.warped_label is not None:
             write_image(registration.warped_label, stage / "warped_label.nii.gz")
         if registration.mapped_landmarks is not None:

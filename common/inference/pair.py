@@ -222,6 +222,14 @@ class Registration:
         """(D, H, W, 3), LPS mm on the fixed grid: affine and deformable stage together."""
         return transform_to_displacement(self.transform, self.pair.fixed_grid)
 
+    @property
+    def voxel_displacement(self) -> np.ndarray:
+        """(3, D, H, W): what to add to a fixed voxel's index for the moving one's, both stages; as Learn2Reg has it."""
+        fixed, moving = self.pair.fixed_grid, self.pair.moving_grid
+        index = np.stack(np.meshgrid(*(np.arange(n) for n in fixed.shape), indexing="ij"), axis=-1).reshape(-1, 3)
+        points = fixed.to_physical(index) + self.total_displacement.reshape(-1, 3)
+        return (moving.to_voxels(points) - index).T.reshape(3, *fixed.shape)
+
     @cached_property
     def deformation(self) -> np.ndarray:
         """(D, H, W, 3), LPS mm on the fixed grid: the deformable stage alone."""

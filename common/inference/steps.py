@@ -31,7 +31,7 @@ from common.errors import InputError
 from common.geometry.folding import remove_folding
 from common.geometry.spaces import Grid, itk_to_array, resample_to_grid, swap_lps_ras
 from common.inference.affine import AffineMode, align_affine
-from common.inference.inferer import choose_network_grid
+from common.inference.inferer import check_memory, choose_network_grid
 from common.inference.instance import (
     LEARNING_RATE,
     SMOOTHNESS,
@@ -42,6 +42,7 @@ from common.inference.instance import (
 from common.inference.output import write_registration
 from common.inference.pair import ImagePair, Registration, load_pair
 from common.inference.weights import file_sha256
+from common.options import as_flag
 from common.transforms.intensity import Modality
 
 __all__ = [
@@ -77,6 +78,8 @@ class LoadPaird(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of this pair
         with _timed(result, "reading"):
             files = {str(key): value for key, value in data.items()}
             result["pair"] = load_pair(files, modality=self.modality, window=self.window)
@@ -145,6 +148,7 @@ class SampleNetworkGridd(Transform):
             )
             if self.margin:
                 grid = grid.extended(math.ceil(self.margin / float(grid.spacing.min()) - 1e-6))
+                check_memory(grid, bytes_per_voxel=self.bytes_per_voxel, device=self.device)
             moving = resample_to_grid(
                 pair.moving_intensity, pair.moving_grid, grid, target_to_source=result["fixed_to_moving"]
             )
@@ -152,6 +156,7 @@ class SampleNetworkGridd(Transform):
             fixed = resample_to_grid(pair.fixed_intensity, pair.fixed_grid, grid, padding_mode=padding)
         result["network_grid"] = grid
         result["image"] = torch.cat([moving, fixed]).to(self.device)
+        _wait_for(result["image"])
         result["network_started"] = time.perf_counter()
         # MONAI Label restores its result onto this grid: the fixed image's own.
         affine = swap_lps_ras(pair.fixed_grid.affine)
@@ -191,6 +196,7 @@ class OptimizeInstanced(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
         if "network_started" in result:
+            _wait_for(result["image"])
             network = time.perf_counter() - result["network_started"]
             result["seconds"] = {**result["seconds"], "network": network}
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
@@ -205,6 +211,7 @@ class OptimizeInstanced(Transform):
                 update_smoothness=self.update_smoothness,
                 learning_rate=self.learning_rate,
             )
+            _wait_for(result["pred"])
         return result
 
 
@@ -215,16 +222,20 @@ class FinishRegistrationd(Transform):
     what MONAI Label sends back. The field itself is in `registration`.
 
     Args:
-        unfold: smooth the field where it folds, see `remove_folding`; `unfolded_voxels` says how many did.
+        unfold: smooth the field where it folds on the network grid, or nearly does, or seems to by ITK's measure, see
+            `remove_folding`; `unfolded_voxels` says at how many voxels.
     """
 
     def __init__(self, *, unfold: bool = True) -> None:
-        self.unfold = unfold
+        self.unfold = as_flag(unfold, "unfold")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
         grid: Grid = result["network_grid"]
         ddf = _unbatched(result["pred"]).detach()
+        if not bool(torch.isfinite(ddf).all()):
+            pair = f"{result.get('fixed')} and {result.get('moving')}"
+            raise InputError(f"the field of {pair} holds values that are not finite; try --amp False, full precision")
         if self.unfold:
             with _timed(result, "unfolding"):
                 ddf, result["unfolded_voxels"] = remove_folding(
@@ -270,8 +281,8 @@ class WriteRegistrationd(Transform):
         self.output_dir = output_dir
         self.weights = weights
         self.settings = dict(settings or {})
-        self.report = report
-        self.learn2reg = learn2reg
+        self.report = as_flag(report, "report")
+        self.learn2reg = as_flag(learn2reg, "learn2reg")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Data:
         result = dict(data)
@@ -295,6 +306,12 @@ class WriteRegistrationd(Transform):
             learn2reg=self.learn2reg,
         )
         return result
+
+
+def _wait_for(tensor: Tensor) -> None:
+    """A GPU works on while the clock is read."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def _unbatched(tensor: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from common.io.quiet import quiet_itk
 
 __all__ = ["MIN_VOXELS", "WRITABLE_EXTENSIONS", "read_image", "read_label", "read_mask", "write_image"]
 
-MIN_VOXELS = 4
-"""Fewest voxels along an axis of a readable image: a single slice has no third dimension to register."""
+MIN_VOXELS = 5
+"""Fewest voxels along an axis of a readable image: a few slices have no third dimension to register or measure."""
 
 WRITABLE_EXTENSIONS = (".nii", ".nii.gz", ".mha", ".nrrd")
 """Formats of one file each; `.mhd` and `.nhdr` are two files, which cannot be replaced at one instant."""
@@ -69,7 +69,7 @@ def read_label(
     """Read the label map that belongs to an image.
 
     Args:
-        path: as for `read_image`; whole numbers from -32768 to 32767 or from 0 to 65535, in any pixel type.
+        path: as for `read_image`; whole numbers from 0 to 65535, in any pixel type.
         image: the `itk.Image` that the labels belong to.
         image_path: its file, for messages.
         background_only: accept a map without any label.
@@ -90,11 +90,9 @@ def read_label(
     low, high = int(rounded.min()), int(rounded.max())
     if low == high == 0 and not background_only:
         raise InputError(f"{path} holds no label: every voxel is 0")
-    if low >= -(2**15) and high < 2**15:
-        return array_to_itk(rounded.astype(np.int16), grid)
-    if low >= 0 and high < 2**16:
-        return array_to_itk(rounded.astype(np.uint16), grid)
-    raise InputError(f"{path} holds labels from {low} to {high}; at most 65535 can be told apart")
+    if low < 0 or high >= 2**16:
+        raise InputError(f"{path} holds labels from {low} to {high}; labels go from 0, the background, to 65535")
+    return array_to_itk(rounded.astype(np.int16 if high < 2**15 else np.uint16), grid)
 
 
 def read_mask(path: str | os.PathLike[str], image: Any, image_path: str | os.PathLike[str]) -> Any:

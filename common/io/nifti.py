@@ -31,6 +31,7 @@ __all__ = [
 
 _HEADER_BYTES = 348
 _CHUNK = 1 << 20
+_MM = {"meter": 1e3, "micron": 1e-3}
 
 
 def is_nifti(path: Path) -> bool:
@@ -92,7 +93,8 @@ def is_sheared_nifti(header: nib.Nifti1Header, grid: Grid, *, tolerance: float =
         affines.append(header.get_qform(coded=True)[0])
     except ValueError:  # an invalid quaternion beside a valid sform
         affines.append(None)
-    coded = [swap_lps_ras(affine) for affine in affines if affine is not None]
+    to_mm = np.diag([*[_MM.get(header.get_xyzt_units()[0], 1.0)] * 3, 1.0])  # ITK's grids are in mm
+    coded = [swap_lps_ras(to_mm @ affine) for affine in affines if affine is not None]
     if not coded:
         return False
     corners = grid.corners

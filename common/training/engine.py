@@ -20,6 +20,7 @@ from common.errors import InputError, find_registration_error
 from common.inference.weights import load_weights
 from common.io import atomic_path, check_output_dir
 from common.memory import keep_freed_pages
+from common.options import as_flag
 
 __all__ = ["EpochSetter", "GradientClipper", "TrainingRun", "prepare_training_batch"]
 
@@ -120,7 +121,7 @@ class TrainingRun:
         self.lr_scheduler = lr_scheduler
         self.last_path = Path(output_dir) / "last.pt"
         self.best_path = Path(output_dir) / "model.pt"
-        self.resume = resume
+        self.resume = as_flag(resume, "resume")
         self.initial_weights = initial_weights
         self.start_epoch = start_epoch
         self.end_epoch = end_epoch

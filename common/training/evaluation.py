@@ -25,6 +25,7 @@ from common.inference.instance import LEARNING_RATE, InstanceSimilarity, optimiz
 from common.inference.weights import load_weights
 from common.io import StagedOutput, atomic_path, check_output_dir, write_learn2reg
 from common.memory import keep_freed_pages
+from common.options import as_flag
 from common.training.comparison import compare_figures, read_figures
 from common.training.learn2reg import MeasuredPair, Structures, structure_figures, submission_name
 from common.training.validation import ValidationFigure
@@ -113,7 +114,7 @@ class EvaluationRun:
         self.instance_similarity: InstanceSimilarity = instance_similarity
         self.instance_learning_rate = instance_learning_rate
         self.compare = compare
-        self.submission = submission
+        self.submission = as_flag(submission, "submission")
         self.rows: list[dict[str, Any]] = []
         self._pairs: list[dict[str, str]] = []
         self._names: list[str] = []  # of the submission's files
@@ -184,7 +185,11 @@ class EvaluationRun:
         # It refuses what it cannot use before it looks at the pair.
         nothing = torch.zeros(3, 1, 1, 1)
         optimize_instance(
-            nothing[:2], nothing, iterations=min(0, self.instance_optimization), similarity=self.instance_similarity
+            nothing[:2],
+            nothing,
+            iterations=min(0, self.instance_optimization),
+            similarity=self.instance_similarity,
+            learning_rate=self.instance_learning_rate,
         )
         if self.submission:
             if not all("fixed" in pair and "moving" in pair for pair in self._pairs):

@@ -251,7 +251,13 @@ class TestOptimizeInstance:
         assert refined.abs().max() > 0.1
 
     @pytest.mark.parametrize(
-        ("options", "message"), [({"iterations": -1}, "negative, got -1"), ({"similarity": "mi"}, "'mi' is unknown")]
+        ("options", "message"),
+        [
+            ({"iterations": -1}, "negative, got -1"),
+            ({"similarity": "mi"}, "'mi' is unknown"),
+            ({"learning_rate": -1}, "positive number, got -1"),
+            ({"learning_rate": "2"}, "positive number, got '2'"),
+        ],
     )
     def test_impossible_options_are_refused(self, options: dict[str, Any], message: str) -> None:
         image, exact = self.pair()

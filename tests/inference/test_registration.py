@@ -355,7 +355,14 @@ class TestOptions:
         assert {path.name for path in out.iterdir()} == {
             "warped.nii.gz", "transform.h5", "displacement.nii.gz", "metrics.json", "learn2reg.nii.gz"
         }  # fmt: skip
-        assert nib.load(out / "learn2reg.nii.gz").shape == (*known.fixed_grid.shape, 3)
+        field = np.asarray(nib.load(out / "learn2reg.nii.gz").dataobj)
+        assert field.shape == (*known.fixed_grid.shape, 3)
+        moving = sitk.ReadImage(files["moving"])  # voxel p of the fixed array lies at p + field[p] of the moving one
+        transform = sitk.ReadTransform(str(out / "transform.h5"))
+        for index in ((3, 5, 4), (20, 17, 11)):
+            point = known.fixed_grid.to_physical(np.array([index], dtype=float))[0]
+            there = moving.TransformPhysicalPointToContinuousIndex(transform.TransformPoint(point.tolist()))
+            np.testing.assert_allclose(np.add(index, field[index]), there, atol=1e-3)
         metrics = json.loads((out / "metrics.json").read_text())
         assert "overlap" not in metrics and "tre_mm" not in metrics
         assert metrics["settings"]["network_grid_spacing_mm"] == [4.0, 4.0, 4.0]

@@ -103,8 +103,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "header.nii.gz": (lambda p: p.write_bytes(gzip.compress(bytes(100))), "not a NIfTI"),
     "plane.nii.gz": (lambda p: save(p, noise((10, 12))), "has 2 dimensions; a 3D image is needed"),
     "plane.mha": (lambda p: sitk.WriteImage(sitk.GetImageFromArray(noise((9, 9))), str(p)), "has 2 dimensions"),
-    "slice.nii.gz": (lambda p: save(p, noise((10, 12, 1))), "at least 4"),
-    "thin.nii.gz": (lambda p: save(p, noise((10, 3, 12))), "10 x 3 x 12 voxels; at least 4"),
+    "slice.nii.gz": (lambda p: save(p, noise((10, 12, 1))), "at least 5"),
+    "thin.nii.gz": (lambda p: save(p, noise((10, 3, 12))), "10 x 3 x 12 voxels; at least 5"),
     "time.nii.gz": (lambda p: save(p, noise((10, 12, 14, 3))), "has 4 dimensions"),
     "time.nrrd": (
         lambda p: sitk.WriteImage(sitk.GetImageFromArray(noise((4, 5, 6, 7)), isVector=False), str(p)),
@@ -145,6 +145,20 @@ def test_bad_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert message.startswith(str(tmp_path / name))
     assert "\n" not in message
     assert capfd.readouterr().err == ""  # niftilib, MetaIO, VNL and GDCM kept silent
+
+
+@pytest.mark.parametrize(("unit", "millimetres"), [(1, 1000.0), (2, 1.0), (3, 0.001)], ids=["m", "mm", "um"])
+def test_units_of_a_nifti(tmp_path: Path, unit: int, millimetres: float) -> None:
+    """2 x 1 x 1 of the header's unit."""
+    rows = {
+        "srow_x": [-2, 0, 0, 0],
+        "srow_y": [0, -1, 0, 0],
+        "srow_z": [0, 0, 1, 0],
+        "pixdim": [1, 2, 1, 1, 0, 0, 0, 0],
+    }
+    save_with_header(tmp_path / "a.nii.gz", xyzt_units=unit, sform_code=1, qform_code=0, **rows)
+    spacing = read_image(tmp_path / "a.nii.gz").GetSpacing()
+    np.testing.assert_allclose(np.array(spacing) / millimetres, [2, 1, 1], rtol=1e-5)
 
 
 def test_lone_dicom_slice_hints_at_the_folder(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from common.io import atomic_path
 from common.layers.patches import Box, PatchGrid
 from common.layers.warp import warp
 from common.losses import MatchingLoss
+from common.options import as_flag
 from common.precision import bfloat16_region
 from common.training import RegistrationObjective, prepare_training_batch
 from common.transforms import SwapPaird
@@ -194,7 +195,7 @@ class StageBatch:
         self.spacing = [1.0 if spacing is None else spacing] * 3 if not isinstance(spacing, Sequence) else list(spacing)
         self.swap = swap
         self.cache = cache
-        self.bfloat16 = bfloat16
+        self.bfloat16 = as_flag(bfloat16, "bfloat16")
 
     def __call__(
         self, batch: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **_: Any
@@ -303,8 +304,8 @@ class StageInferer(Inferer):
     def __init__(self, *, sequence: bool = True, bfloat16: bool = False, features_only: bool = False) -> None:
         super().__init__()
         self.sequence = sequence
-        self.bfloat16 = bfloat16
-        self.features_only = features_only
+        self.bfloat16 = as_flag(bfloat16, "bfloat16")
+        self.features_only = as_flag(features_only, "features_only")
 
     def __call__(self, inputs: StagePatch, network: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
         """The whole field, prior and stage composed, from the patch's voxels into the stage's moving image.
