@@ -28,7 +28,7 @@ __all__ = [
     "optimize_instance",
 ]
 
-# Chosen on seven of the pairs of `benchmarks.accuracy`.
+# Chosen on some of the pairs of `benchmarks.accuracy`; benchmarks/README.md names them.
 SMOOTHNESS, UPDATE_SMOOTHNESS, LEARNING_RATE = 1.0, 0.5, 2.0
 
 _MIND_CHANNELS = 12
