@@ -102,15 +102,15 @@ def write_registration(
         measured = time.perf_counter()
         if report:
             _write_report(stage / "report.png", registration, figures)
-        drawn = time.perf_counter()
+        steps = {
+            **seconds,
+            "writing": written - start,
+            "metrics": measured - written,
+            "report": time.perf_counter() - measured,
+        }
         metrics = {
             **figures,
-            "seconds": {
-                **{name: round(value, 3) for name, value in seconds.items()},
-                "writing": round(written - start, 3),
-                "metrics": round(measured - written, 3),
-                "report": round(drawn - measured, 3),
-            },
+            "seconds": {name: round(value, 3) for name, value in {**steps, "total": sum(steps.values())}.items()},
             "peak_memory_mib": _peak_memory(),
             "settings": {
                 **settings,

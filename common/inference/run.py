@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,6 @@ class RegistrationRun:
         check_output_dir(self.dataset.data[index]["output_dir"])
         loader = DataLoader(Subset(self.dataset, [index]), batch_size=None, collate_fn=_as_is)
         self.evaluator.data_loader = loader
-        started = time.perf_counter()
         try:
             self.evaluator.run()
         except Exception as error:
@@ -198,7 +196,6 @@ class RegistrationRun:
             raise cause from error
         output: Any = self.evaluator.state.output
         metrics: dict[str, Any] = output["metrics"]
-        metrics["seconds"]["total"] = round(time.perf_counter() - started, 3)
         return metrics
 
     def _write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:

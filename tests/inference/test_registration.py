@@ -238,6 +238,8 @@ class TestCommand:
         assert metrics["deformation"]["sdlogj"] > 0 and metrics["deformation"]["max_mm"] > 1
         assert metrics["overlap"]["hd95_voxels"]["after"] <= metrics["overlap"]["hd95_voxels"]["before"]
         assert {"reading", "affine", "network", "writing"} <= set(metrics["seconds"])
+        total = metrics["seconds"].pop("total")
+        assert abs(total - sum(metrics["seconds"].values())) < 0.01
         assert metrics["peak_memory_mib"]["process"] > 100
         settings = metrics["settings"]
         assert settings["weights_sha256"] == file_sha256(BUNDLE / "models" / "model.pt")
