@@ -112,10 +112,10 @@ def _network_rows(
 
 
 def _for_hippocampus(config: Path) -> dict[str, Any]:
-    """What the bundle's overlay for these weights sets: spacing, affine stage, margin."""
+    """What the bundle's overlay for these weights sets, but for what makes a row: spacing, affine stage, margin."""
     overlay = config.with_name("hippocampus_inference.json")
     settings: dict[str, Any] = json.loads(overlay.read_text()) if overlay.is_file() else {}
-    return {key: value for key, value in settings.items() if key != "weights"}
+    return {key: value for key, value in settings.items() if key not in ("weights", "instance_optimization")}
 
 
 def _wanted(name: str, chosen: Sequence[str] | None) -> bool:

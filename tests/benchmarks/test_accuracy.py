@@ -174,6 +174,14 @@ def test_options_of_a_bundle(tmp_path: Path) -> None:
     assert refined.options_for("hippocampus")["spacing"] == 2.0  # over the 1.0 of the training
 
 
+def test_the_overlay_of_the_hippocampus_weights_is_used() -> None:
+    alone, refined = accuracy.find_methods(accuracy.build_parser().parse_args(["--methods", "rwcnet"]))
+    for method, steps in ((alone, 0), (refined, 40)):
+        options = method.options_for("hippocampus")
+        assert (options["margin"], options["affine"], options["instance_optimization"]) == (0, "centers", steps)
+        assert "weights" not in options
+
+
 def test_voxelmorph_has_the_interface_of_the_bundles() -> None:
     network = VoxelMorphNetwork()
     image = torch.rand(1, 2, *[network.stride] * 3)
