@@ -175,11 +175,16 @@ def test_options_of_a_bundle(tmp_path: Path) -> None:
 
 
 def test_the_overlay_of_the_hippocampus_weights_is_used() -> None:
-    alone, refined = accuracy.find_methods(accuracy.build_parser().parse_args(["--methods", "rwcnet"]))
-    for method, steps in ((alone, 0), (refined, 40)):
-        options = method.options_for("hippocampus")
-        assert (options["margin"], options["affine"], options["instance_optimization"]) == (0, "centers", steps)
-        assert "weights" not in options
+    for name, margin in (("rwcnet", 0), ("adregnet", 8)):
+        alone, refined = accuracy.find_methods(accuracy.build_parser().parse_args(["--methods", name]))
+        for method, steps in ((alone, 0), (refined, 40)):
+            options = method.options_for("hippocampus")
+            assert (options["margin"], options["affine"], options["instance_optimization"]) == (
+                margin,
+                "centers",
+                steps,
+            )
+            assert "weights" not in options
 
 
 def test_voxelmorph_has_the_interface_of_the_bundles() -> None:
