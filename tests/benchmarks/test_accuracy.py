@@ -179,11 +179,7 @@ def test_the_overlay_of_the_hippocampus_weights_is_used() -> None:
         alone, refined = accuracy.find_methods(accuracy.build_parser().parse_args(["--methods", name]))
         for method, steps in ((alone, 0), (refined, 40)):
             options = method.options_for("hippocampus")
-            assert (options["margin"], options["affine"], options["instance_optimization"]) == (
-                margin,
-                "centers",
-                steps,
-            )
+            assert (options["margin"], options["instance_optimization"]) == (margin, steps)
             assert "weights" not in options
 
 
