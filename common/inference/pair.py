@@ -15,6 +15,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.geometry.spaces import (
     Grid,
+    PairGrids,
     ddf_to_displacement,
     displacement_to_ddf,
     grid_of,
@@ -225,10 +226,13 @@ class Registration:
     @property
     def voxel_displacement(self) -> np.ndarray:
         """(3, D, H, W): what to add to a fixed voxel's index for the moving one's, both stages; as Learn2Reg has it."""
-        fixed, moving = self.pair.fixed_grid, self.pair.moving_grid
-        index = np.stack(np.meshgrid(*(np.arange(n) for n in fixed.shape), indexing="ij"), axis=-1).reshape(-1, 3)
-        points = fixed.to_physical(index) + self.total_displacement.reshape(-1, 3)
-        return (moving.to_voxels(points) - index).T.reshape(3, *fixed.shape)
+        grids = PairGrids(
+            fixed=self.pair.fixed_grid,
+            moving=self.pair.moving_grid,
+            network=self.field_grid,
+            fixed_to_moving=self.fixed_to_moving,
+        )
+        return grids.displacement(displacement_to_ddf(self.displacement, self.field_grid))
 
     @cached_property
     def deformation(self) -> np.ndarray:
