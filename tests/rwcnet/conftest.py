@@ -1,4 +1,4 @@
-"""What the tests of the stages share."""
+"""What the tests of the network, its stages and their training share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from functools import partial
 
 import pytest
 import rwcnet_net.subnetwork
+import torch
+from small_rwcnet import smooth_noise
+from torch import Tensor
 
 
 @pytest.fixture
@@ -13,3 +16,9 @@ def shallow_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two levels fewer, a twentieth of the weights: for tests of what is around the sub-networks."""
     shallow = partial(rwcnet_net.subnetwork.SegResNet, blocks_down=(1, 1), blocks_up=(1,))
     monkeypatch.setattr(rwcnet_net.subnetwork, "SegResNet", shallow)
+
+
+@pytest.fixture
+def image() -> Tensor:
+    """(1, 2, 16, 24, 16): smooth moving and fixed image."""
+    return torch.cat([smooth_noise(1, (16, 24, 16), 4, seed) for seed in (0, 1)], 1)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from common.layers.patches import Box
 
+VARIANTS = ["paper", "published"]
+
 Refine = Callable[[StagePatch], tuple[list[Tensor], Tensor]]
 
 
