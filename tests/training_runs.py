@@ -1,17 +1,41 @@
-"""Interrupting trainings that bundles' configs describe, and comparing what they leave."""
+"""Tiny trainings that bundles' configs describe: interrupting them, and comparing what they leave."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bundle_list import tiny_network
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
+Training = Callable[..., ConfigWorkflow]
+
+
+def tiny_training(bundle: Path) -> dict[str, Any]:
+    """Overrides of a bundle's `train.json`: three epochs of two small pairs, on the CPU."""
+    return {
+        "bundle_root": str(bundle),
+        "device": "cpu",
+        "shape": [16, 16, 16],
+        "epoch_length": 2,
+        "validation_length": 1,
+        "max_epochs": 3,
+        "learning_rate": 1e-3,
+        **tiny_network(bundle),
+    }
+
+
+def part(workflow: ConfigWorkflow, name: str) -> Any:
+    """What the config built under this name."""
+    return workflow.parser.get_parsed_content(name)
+
 
 def trainer_of(workflow: ConfigWorkflow) -> Any:
-    return workflow.parser.get_parsed_content("train#trainer")
+    return part(workflow, "train#trainer")
 
 
 def interrupt(workflow: ConfigWorkflow, iteration: int) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import rwcnet_net.subnetwork
 import torch
+from monai.bundle import ConfigWorkflow
 from small_rwcnet import smooth_noise
+from stage_runs import BUNDLE, TINY
 from torch import Tensor
+from training_runs import Training
 
 
 @pytest.fixture
@@ -22,3 +28,14 @@ def shallow_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
 def image() -> Tensor:
     """(1, 2, 16, 24, 16): smooth moving and fixed image."""
     return torch.cat([smooth_noise(1, (16, 24, 16), 4, seed) for seed in (0, 1)], 1)
+
+
+@pytest.fixture
+def training(workflow: Callable[..., ConfigWorkflow], tmp_path: Path) -> Training:
+    """Builds tiny trainings of the bundle's config."""
+
+    def build(output: str = "out", overlay: str | None = None, **changes: Any) -> ConfigWorkflow:
+        names = ["train", *([overlay] if overlay else [])]
+        return workflow(BUNDLE, names, "train", **{**TINY, "output_dir": str(tmp_path / output), **changes})
+
+    return build

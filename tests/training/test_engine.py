@@ -14,31 +14,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_list import ROOT, tiny_network
+from bundle_list import ROOT
 from ignite.engine import Engine, Events
-from ignite.metrics import Metric
 from monai.bundle import ConfigWorkflow
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import LrScheduleHandler, ValidationHandler
 from torch import nn
-from torch.utils.data import DataLoader
-from training_runs import assert_same, interrupt, trainer_of
+from training_runs import Training, assert_same, interrupt, part, tiny_training, trainer_of
 
-from common.training import EpochSetter, GradientClipper, SequenceForward, TrainingRun
+from common.training import EpochSetter, GradientClipper, SequenceForward
 
 BUNDLE = ROOT / "bundles" / "recorr"
-TINY = {
-    "bundle_root": str(BUNDLE),
-    "device": "cpu",
-    "shape": [16, 16, 16],
-    "epoch_length": 2,
-    "validation_length": 1,
-    "max_epochs": 3,
-    "learning_rate": 1e-3,
-    **tiny_network(BUNDLE),
-}
-
-Training = Callable[..., ConfigWorkflow]
+TINY = tiny_training(BUNDLE)
 
 
 @pytest.fixture
@@ -153,7 +138,7 @@ class TestRun:
         """Two epochs of one and the same pair bring the loss down."""
         losses: list[float] = []
         run = training(max_epochs=4, learning_rate=2e-3)
-        data = run.parser.get_parsed_content("train#dataset")
+        data = part(run, "train#dataset")
         data.set_epoch = lambda epoch: None
         trainer_of(run).add_event_handler(
             Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"].detach()))
@@ -198,9 +183,9 @@ class TestRun:
     def test_on_labelled_scans(self, training: Training, tmp_path: Path) -> None:
         folder = decathlon(tmp_path / "data")
         run = training(dataset_dir=str(folder), validation=2, label_weight=1.0, labels=[1, 2], max_epochs=1)
-        before = {key: value.clone() for key, value in run.parser.get_parsed_content("network").state_dict().items()}
+        before = {key: value.clone() for key, value in part(run, "network").state_dict().items()}
         dices: list[float] = []
-        evaluator = run.parser.get_parsed_content("validate#evaluator")
+        evaluator = part(run, "validate#evaluator")
         evaluator.add_event_handler(
             Events.EPOCH_COMPLETED, lambda engine: dices.append(float(engine.state.metrics["dice"]))
         )
@@ -235,134 +220,6 @@ def decathlon(folder: Path) -> Path:
     return folder
 
 
-class Figures(Metric):
-    """In a metric's place: the epochs' figures, decided before."""
-
-    def __init__(self, figures: list[float]) -> None:
-        super().__init__()
-        self.figures = figures
-
-    def reset(self) -> None: ...
-
-    def update(self, output: Any) -> None: ...
-
-    def compute(self) -> float:
-        return 0.0
-
-    def iteration_completed(self, engine: Engine) -> None: ...
-
-    def completed(self, engine: Engine, name: str) -> None:
-        engine.state.metrics[name] = self.figures[engine.state.epoch - 1]
-
-
-class TestPatience:
-    """The smallest of these figures comes in epoch 3, the next smaller one in epoch 8."""
-
-    FIGURES = (5.0, 6.0, 4.0, 4.5, 4.0, 4.2, 4.1, 3.0, 3.5, 3.5)
-
-    @pytest.fixture
-    def training_run(self, tmp_path: Path) -> Callable[..., TrainingRun]:
-        """A line through noise, two iterations an epoch."""
-
-        def build(output: str = "out", *, interval: int = 1, max_epochs: int = 10, **options: Any) -> TrainingRun:
-            torch.manual_seed(0)
-            network = nn.Linear(1, 1)
-            pairs = [{"image": torch.rand(1), "label": torch.rand(1)} for _ in range(2)]
-            optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
-            evaluator = SupervisedEvaluator(
-                device="cpu",
-                val_data_loader=DataLoader(pairs),
-                network=network,
-                key_val_metric={"figure": Figures(list(self.FIGURES))},
-                metric_cmp_fn=lambda current, best: current < best,
-            )
-            trainer = SupervisedTrainer(
-                device="cpu",
-                max_epochs=max_epochs,
-                train_data_loader=DataLoader(pairs, shuffle=True),
-                network=network,
-                optimizer=optimizer,
-                loss_function=nn.MSELoss(),
-                train_handlers=[
-                    LrScheduleHandler(scheduler, print_lr=False),
-                    ValidationHandler(interval=interval, validator=evaluator),
-                ],
-            )
-            parts = {"trainer": trainer, "evaluator": evaluator, "network": network, "optimizer": optimizer}
-            return TrainingRun(**parts, lr_scheduler=scheduler, output_dir=tmp_path / output, **options)
-
-        return build
-
-    @pytest.mark.parametrize(
-        ("patience", "interval", "epochs", "best"),
-        [
-            (None, 1, 10, 8),
-            (1, 1, 2, 1),
-            (2, 1, 5, 3),  # as good as the best one is no better
-            (4, 1, 7, 3),
-            (5, 1, 10, 8),
-            (3, 3, 6, 3),  # validated every third epoch: 4, 4.2 and 3.5
-            (6, 3, 10, 9),
-        ],
-    )
-    def test_ends_after_so_many_epochs_without_a_better_figure(
-        self,
-        training_run: Callable[..., TrainingRun],
-        tmp_path: Path,
-        patience: int | None,
-        interval: int,
-        epochs: int,
-        best: int,
-    ) -> None:
-        run = training_run(patience=patience, interval=interval)
-        run.run()
-        assert run.trainer.state.epoch == epochs
-        assert run.trainer.state.iteration == 2 * epochs
-        assert run.evaluator.state.best_metric_epoch == best
-        saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
-        assert saved["trainer"]["iteration"] == 2 * epochs
-        assert saved["best"] == [self.FIGURES[best - 1], best]
-
-    def test_an_early_end_is_an_end(self, training_run: Callable[..., TrainingRun], tmp_path: Path) -> None:
-        training_run(patience=2).run()
-        files = [tmp_path / "out" / name for name in ("last.pt", "model.pt")]
-        before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
-        again = training_run(patience=2, resume=True)
-        again.run()
-        assert again.trainer.state.epoch == 5
-        assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in files] == before
-
-    def test_more_patience_goes_on(self, training_run: Callable[..., TrainingRun], tmp_path: Path) -> None:
-        """As if it had been there from the start."""
-        training_run("straight", patience=5).run()
-        training_run("later", patience=2).run()
-        training_run("later", patience=5, resume=True).run()
-        assert_same(*(torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("straight", "later")))
-
-    @pytest.mark.parametrize("struck", [3, 7, 9, 13])
-    def test_a_resumed_training_counts_on(
-        self, training_run: Callable[..., TrainingRun], tmp_path: Path, struck: int
-    ) -> None:
-        """Struck before the best epoch, after it, and in the last one."""
-        straight = training_run("straight", patience=4)
-        straight.run()
-
-        def strike(engine: Any) -> None:
-            raise KeyboardInterrupt
-
-        broken = training_run("broken", patience=4)
-        broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=struck), strike)
-        with pytest.raises(KeyboardInterrupt):
-            broken.run()
-        torch.manual_seed(12345)
-        resumed = training_run("broken", patience=4, resume=True)
-        resumed.run()
-        assert resumed.trainer.state.epoch == straight.trainer.state.epoch == 7
-        for name in ("last.pt", "model.pt"):
-            assert_same(*(torch.load(tmp_path / n / name, weights_only=True) for n in ("straight", "broken")))
-
-
 class TestGradientClipper:
     @pytest.mark.parametrize(("gradient", "expected"), [([3.0, 4.0], 2.0), ([0.3, 0.4], 0.5)])
     def test_limits_the_norm_and_keeps_the_direction(self, gradient: list[float], expected: float) -> None:
@@ -387,8 +244,8 @@ class TestGradientClipper:
     def test_acts_between_backward_and_step(self, training: Training) -> None:
         norms: list[float] = []
         run = training(max_epochs=1, max_gradient_norm=1e-3)
-        network = run.parser.get_parsed_content("network")
-        optimizer = run.parser.get_parsed_content("optimizer")
+        network = part(run, "network")
+        optimizer = part(run, "optimizer")
 
         def record(*_: Any) -> None:
             norms.append(float(torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()))
