@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from common.geometry.fields import jacobian_determinant
-from common.geometry.spaces import Grid
+from common.geometry.spaces import Grid, resample_to_grid
 
 __all__ = ["remove_folding"]
 
@@ -21,6 +22,7 @@ _REACH = 2  # voxels around a fold that give way, too
 _LEAST_AT_REST = 0.75  # below, the affine stage alone takes much of what the filter allows: good fields would suffer
 _STEPS = 8  # for one group, before what is left of it is grouped anew: less and less is looked at
 _ROUNDS = 25  # of such steps
+_LOOKS, _FILTERS = 10, 3  # at a coarser grid at most, and 3^3 mean filters from one to the next
 _RATE = 0.2  # voxels for a lack of 1
 _SPARE = 0.02  # what a step aims at beyond the smallest determinant
 
@@ -30,6 +32,7 @@ def remove_folding(
     *,
     grid: Grid | None = None,
     fixed_to_moving: np.ndarray | None = None,
+    seen_on: Grid | None = None,
     smallest: float = 0.02,
 ) -> tuple[Tensor, int]:
     """Change a field where it folds, as little as that takes, and nowhere else.
@@ -44,26 +47,27 @@ def remove_folding(
     compression, and one to more than the double length for a fold. With the `grid` given, its determinant has to be
     above `smallest`, too, so that those who check a registration by that filter find no folds either.
 
+    A field without folds on a fine grid may still have some on a coarse one, whose derivatives reach farther: where
+    the field is going to be sampled on a coarser grid, `seen_on`, it is smoothed until that has none either.
+
     Args:
         ddf: (3, D, H, W), voxels.
         grid: of `ddf`.
         fixed_to_moving: (4, 4), LPS mm: the affine stage after `ddf`; the filter sees both stages.
+        seen_on: the fixed scan's grid, on which the field is written and measured; needs `grid`.
         smallest: determinant that every voxel is to exceed.
 
     Returns:
         (3, D, H, W), and the number of voxels that did not exceed `smallest` before. Of a field that folds by the per
         cent, some folds are left, smaller.
     """
-    measures = [_Measure(np.eye(3), 1.0)]
-    if grid is not None and (itk := _itk_measure(grid, fixed_to_moving)) is not None:
-        measures.append(itk)
-    folded = _smallest_determinant(ddf, measures) <= smallest  # (D, H, W)
-    before = int(folded.sum())
-    ddf = ddf.clone() if before else ddf
-    boxes = _groups(folded)
-    for turn in range(2 * _ROUNDS):
-        smooth = turn >= _ROUNDS
-        boxes = [rest for box in boxes for rest in _mend_group(ddf, box, measures, smallest, by_smoothing=smooth)]
+    measures = _measures(grid, fixed_to_moving)
+    ddf, before = _mend(ddf, measures, smallest)
+    if grid is not None and seen_on is not None and (seen_on.spacing > 1.001 * grid.spacing).any():
+        ddf, changed = _smooth_where_seen(ddf, grid, seen_on, _measures(seen_on, fixed_to_moving))
+        before += changed
+        if changed:
+            ddf, _ = _mend(ddf, measures, smallest)
     return ddf, before
 
 
@@ -75,6 +79,12 @@ class _Measure(NamedTuple):
 
     base: np.ndarray
     factor: float
+
+
+def _measures(grid: Grid | None, fixed_to_moving: np.ndarray | None) -> list[_Measure]:
+    true = _Measure(np.eye(3), 1.0)
+    itk = None if grid is None else _itk_measure(grid, fixed_to_moving)
+    return [true] if itk is None else [true, itk]
 
 
 def _itk_measure(grid: Grid, fixed_to_moving: np.ndarray | None) -> _Measure | None:
@@ -90,6 +100,43 @@ def _itk_measure(grid: Grid, fixed_to_moving: np.ndarray | None) -> _Measure | N
     measure = _Measure(np.eye(3) + off_axis, float(np.linalg.det(matrix) * np.linalg.det(direction)))
     at_rest = measure.factor * np.linalg.det(measure.base)
     return measure if at_rest > _LEAST_AT_REST and np.abs(off_axis).max() > 1e-6 else None
+
+
+def _mend(ddf: Tensor, measures: Sequence[_Measure], smallest: float) -> tuple[Tensor, int]:
+    folded = _smallest_determinant(ddf, measures) <= smallest  # (D, H, W)
+    before = int(folded.sum())
+    ddf = ddf.clone() if before else ddf
+    boxes = _groups(folded)
+    for turn in range(2 * _ROUNDS):
+        smooth = turn >= _ROUNDS
+        boxes = [rest for box in boxes for rest in _mend_group(ddf, box, measures, smallest, by_smoothing=smooth)]
+    return ddf, before
+
+
+def _smooth_where_seen(ddf: Tensor, grid: Grid, coarse: Grid, measures: Sequence[_Measure]) -> tuple[Tensor, int]:
+    """Smooth `ddf`, (3, D, H, W) on `grid`, around the voxels of `coarse` at which it folds.
+
+    Returns:
+        the field, and the number of these voxels.
+    """
+    vectors = torch.from_numpy(np.linalg.inv(coarse.affine[:3, :3]) @ grid.affine[:3, :3]).to(ddf)
+    reach = math.ceil((coarse.spacing / grid.spacing).max())  # of a coarse derivative, in fine voxels
+    before = 0
+    for turn in range(_LOOKS):
+        seen = torch.einsum("ac,cijk->aijk", vectors, resample_to_grid(ddf, grid, coarse, padding_mode="border"))
+        folded = _smallest_determinant(seen, measures) <= 0
+        if not folded.any():
+            break
+        if turn == 0:
+            before, ddf = int(folded.sum()), ddf.clone()
+        here = resample_to_grid(folded[None].float(), coarse, grid, mode="nearest", padding_mode="border")
+        near = F.max_pool3d(here[None], 2 * reach + 1, stride=1, padding=reach)[0]  # (1, D, H, W)
+        for box in _groups(near[0] > 0):
+            part, weight = ddf[:, *box], near[:, *box]
+            for _ in range(_FILTERS):
+                part = part + weight * (_mean(part[None])[0] - part)
+            ddf[:, *box] = part
+    return ddf, before
 
 
 def _mend_group(

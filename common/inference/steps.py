@@ -222,8 +222,8 @@ class FinishRegistrationd(Transform):
     what MONAI Label sends back. The field itself is in `registration`.
 
     Args:
-        unfold: smooth the field where it folds on the network grid, or nearly does, or seems to by ITK's measure, see
-            `remove_folding`; `unfolded_voxels` says at how many voxels.
+        unfold: change the field where it folds on the network grid or on a coarser fixed one, or nearly does, or seems
+            to by ITK's measure, see `remove_folding`; `unfolded_voxels` says at how many voxels.
     """
 
     def __init__(self, *, unfold: bool = True) -> None:
@@ -239,7 +239,10 @@ class FinishRegistrationd(Transform):
         if self.unfold:
             with _timed(result, "unfolding"):
                 ddf, result["unfolded_voxels"] = remove_folding(
-                    ddf.float(), grid=grid, fixed_to_moving=result["fixed_to_moving"]
+                    ddf.float(),
+                    grid=grid,
+                    fixed_to_moving=result["fixed_to_moving"],
+                    seen_on=result["pair"].fixed_grid,
                 )
         with _timed(result, "warping"):
             registration = Registration(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.geometry.fields import jacobian_determinant
 from common.geometry.folding import remove_folding
-from common.geometry.spaces import Grid, ddf_to_displacement
+from common.geometry.spaces import Grid, ddf_to_displacement, resample_to_grid
 
 SHAPE = (30, 36, 33)
 
@@ -69,6 +69,36 @@ def test_a_field_without_folds_is_returned_as_it_is() -> None:
     ddf = 0.3 * random_field(1.0)
     result, voxels = remove_folding(ddf)
     assert (voxels, result is ddf) == (0, True)
+
+
+class TestOnACoarserGrid:
+    """The network's grid is finer than that of a small scan, on which the field is written and measured."""
+
+    FINE = Grid(SHAPE, np.diag([1.2, 0.9, 1.0, 1.0]))
+
+    def seen(self, ddf: Tensor, coarse: Grid) -> Tensor:
+        vectors = torch.from_numpy(np.diag(self.FINE.spacing / coarse.spacing)).float()
+        field = resample_to_grid(ddf, self.FINE, coarse, padding_mode="border")
+        return torch.einsum("ac,cijk->aijk", vectors, field)
+
+    @pytest.mark.parametrize("strength", [2.3, 2.7])
+    @pytest.mark.parametrize("spacing", [(2.4, 1.8, 2.0), (1.2, 2.2, 3.1)])
+    def test_no_fold_is_left(self, spacing: tuple[float, float, float], strength: float) -> None:
+        ddf, coarse = random_field(strength, seed=1), self.FINE.with_spacing(np.array(spacing))
+        alone, fewer = remove_folding(ddf, grid=self.FINE)
+        assert not folds(alone).any()
+        assert folds(self.seen(alone, coarse)).any()
+        result, voxels = remove_folding(ddf, grid=self.FINE, seen_on=coarse)
+        assert voxels > fewer
+        assert not folds(result).any()
+        assert not folds(self.seen(result, coarse)).any()
+        assert (result == alone).all(dim=0).float().mean() > 0.7
+
+    def test_a_finer_grid_changes_nothing(self) -> None:
+        ddf = random_field(1.5)
+        alone, _ = remove_folding(ddf, grid=self.FINE)
+        result, _ = remove_folding(ddf, grid=self.FINE, seen_on=self.FINE.with_spacing(0.5))
+        assert torch.equal(result, alone)
 
 
 FLIPPED = np.diag([-1.0, -1.0, 1.0])  # RAS
