@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def split_items(items: Sequence[Item], validation: int | float) -> tuple[list[It
 
     Args:
         items: scans or pairs.
-        validation: how many of the last items (int), or which fraction of all (float below 1, rounded).
+        validation: how many of the last items (int), or which fraction of all (float below 1, rounded, at least one).
             A patient ("group") is never on both sides: all scans of a patient among the last items go to validation.
 
     Returns:
@@ -25,7 +26,7 @@ def split_items(items: Sequence[Item], validation: int | float) -> tuple[list[It
     Raises:
         InputError: when nothing would be left to train on.
     """
-    count = round(validation * len(items)) if isinstance(validation, float) else validation
+    count = validation if isinstance(validation, int) else round(validation * len(items)) or math.ceil(validation)
     if (isinstance(validation, float) and not 0 <= validation < 1) or not 0 <= count < len(items):
         raise InputError(f"cannot set {validation} of {len(items)} items aside for validation and train on the rest")
     first = len(items) - count

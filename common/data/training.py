@@ -27,7 +27,8 @@ class TrainingScans:
         datalist: a list inside that folder, when the folder does not say it all itself.
         validation: number or fraction of the scans to validate on, the last ones of the training list; or the names of
             those to validate on, see `select_items` ("case8", "case1,case2", "all"). None for those that the data set
-            itself names (Learn2Reg's official pairs), and a fifth where it names none.
+            itself names (Learn2Reg's official pairs), and a fifth where it names none. 0: none, so that validation
+            is on generated pairs.
     """
 
     def __init__(

@@ -17,6 +17,14 @@ from common.data.training import TrainingPairs, TrainingScans
 from common.errors import InputError
 
 
+def test_split_by_a_fraction_sets_one_aside_at_least() -> None:
+    """None would mean that weights for one's own scans are chosen by generated pairs."""
+    items = [{"image": letter} for letter in "abcd"]
+    assert split_items(items, 0.1) == (items[:3], items[3:])
+    assert split_items(items, 0.6) == (items[:2], items[2:])
+    assert split_items(items, 0.0) == split_items(items, 0) == (items, [])
+
+
 @pytest.fixture
 def oasis(tmp_path: Path) -> Path:
     """Unpaired, labels, validation scans listed under training as well, masks not named in the json."""
@@ -118,9 +126,10 @@ def test_missing_data_folder(tmp_path: Path) -> None:
 def test_too_few_scans_to_split(tmp_path: Path) -> None:
     (tmp_path / "a.nii.gz").touch()
     (tmp_path / "one.csv").write_text("image\na.nii.gz\n")
-    with pytest.raises(InputError, match="cannot set 1 of 1 items aside"):
-        _ = TrainingScans(dataset_dir=str(tmp_path), datalist="one.csv", validation=1).training
-    scans = TrainingScans(dataset_dir=str(tmp_path), datalist="one.csv")
+    for held_out, told in ((1, 1), (None, 0.2)):
+        with pytest.raises(InputError, match=f"cannot set {told} of 1 items aside"):
+            _ = TrainingScans(dataset_dir=str(tmp_path), datalist="one.csv", validation=held_out).training
+    scans = TrainingScans(dataset_dir=str(tmp_path), datalist="one.csv", validation=0)
     with pytest.raises(InputError, match="pairs are made of at least 2 scans, and the list has 1"):
         TrainingPairs(data=scans.training)
 
