@@ -21,6 +21,7 @@ FIGURE_NAMES = {
     "tre_mm": "TRE mm",
     "epe_mm": "EPE mm",
     "ncc": "NCC",
+    "nmi": "NMI",
     "sdlogj": "SDlogJ",
     "folding_percent": "folding %",
     "seconds": "seconds",

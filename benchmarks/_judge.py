@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from benchmarks._peers import DISPLACEMENT, FIGURES, MATRIX
+from benchmarks._peers import DISPLACEMENT, FIGURES, MATRIX, has_two_contrasts
 from common.geometry.spaces import Grid, displacement_to_ddf, grid_of, itk_to_array
 from common.io import (
     build_transform,
@@ -22,12 +22,18 @@ from common.io import (
     transform_points,
     transform_to_displacement,
 )
-from common.metrics import dice_macro, folding_percent, hd95, ncc, sdlogj
+from common.metrics import dice_macro, folding_percent, hd95, ncc, nmi, sdlogj
 
 TRUTH = "truth"
 """Key of a pair's exact field: a file of `displacement` (D, H, W, 3), LPS mm on the fixed grid, and `mask`."""
 
-_STEPS = ("affine", "resampling", "network", "instance_optimization")  # of a bundle, without files and figures
+_STEPS = (
+    "affine",
+    "resampling",
+    "network",
+    "instance_optimization",
+    "unfolding",
+)  # of a bundle, without files and figures
 
 
 def judge_zero(pair: dict[str, str]) -> dict[str, Any]:
@@ -69,11 +75,14 @@ def _figures(pair: dict[str, str], transform: Any, fixed_to_moving: np.ndarray) 
     total = transform_to_displacement(transform, grid)
     ddf = displacement_to_ddf(_deformation(total, fixed_to_moving, grid), grid)
     warped = resample_image(moving, grid, transform, default=float(itk_to_array(moving).min()))
+    images = itk_to_array(fixed), itk_to_array(warped)
     figures = {
-        "ncc": ncc(itk_to_array(fixed), itk_to_array(warped)),
+        "ncc": ncc(*images),
         "sdlogj": sdlogj(ddf),
         "folding_percent": folding_percent(ddf),
     }
+    if has_two_contrasts(pair["id"]):  # of which a correlation says little
+        figures["nmi"] = nmi(*images)
     if "fixed_label" in pair and "moving_label" in pair:
         fixed_label = read_label(pair["fixed_label"], fixed, pair["fixed"])
         moving_label = read_label(pair["moving_label"], moving, pair["moving"])

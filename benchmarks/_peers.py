@@ -62,9 +62,14 @@ def missing_package(method: str) -> str | None:
     return None if find_spec(module) else distribution
 
 
+def has_two_contrasts(pair: str) -> bool:
+    """By a pair's id."""
+    return pair.startswith(_TWO_CONTRASTS)
+
+
 def syn_settings(pair: str, iterations: Sequence[int] = SYN_ITERATIONS) -> dict[str, Any]:
     """Options of `ants.registration` for a pair, by its id."""
-    contrast = "two contrasts" if pair.startswith(_TWO_CONTRASTS) else "one contrast"
+    contrast = "two contrasts" if has_two_contrasts(pair) else "one contrast"
     return {**_SYN, **_SYN_METRIC[contrast], "reg_iterations": tuple(iterations), "random_seed": 1}
 
 

@@ -18,8 +18,8 @@ from common.io import atomic_path
 Row = dict[str, Any]
 Blocks = Mapping[str, Mapping[str, Sequence[Row]]]
 
-_BETTER = {"dice": "more is better", "ncc": "more is better"}
-_ACCURACY = ("dice", "epe_mm", "tre_mm", "ncc")  # the first that a block has is its accuracy
+_BETTER = dict.fromkeys(("dice", "ncc", "nmi"), "more is better")
+_ACCURACY = ("dice", "epe_mm", "tre_mm", "nmi", "ncc")  # the first that a block has is its accuracy
 _LOGARITHMIC = ("seconds", "peak_mib")
 _COLOURS = plt.get_cmap("tab20")
 

@@ -120,6 +120,8 @@ def test_judge_agrees_with_the_truth(tmp_path: Path, oblique_affine: np.ndarray)
         assert figures["dice"] > 0.99
     assert told[0]["sdlogj"] == pytest.approx(told[1]["sdlogj"], abs=1e-4)
     assert _judge.judge_zero(pair)["epe_mm"] > 1
+    assert "nmi" not in told[0]
+    assert _judge.judge_zero({**pair, "id": "t1_to_t2"})["nmi"] > 1
 
 
 def test_launcher_measures_a_process(tmp_path: Path) -> None:
