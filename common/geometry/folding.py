@@ -130,9 +130,9 @@ def _smooth_where_seen(ddf: Tensor, grid: Grid, coarse: Grid, measures: Sequence
         if turn == 0:
             before, ddf = int(folded.sum()), ddf.clone()
         here = resample_to_grid(folded[None].float(), coarse, grid, mode="nearest", padding_mode="border")
-        near = F.max_pool3d(here[None], 2 * reach + 1, stride=1, padding=reach)[0]  # (1, D, H, W)
-        for box in _groups(near[0] > 0):
-            part, weight = ddf[:, *box], near[:, *box]
+        for box in _groups(here[0] > 0, reach=reach + 1):
+            part = ddf[:, *box]
+            weight = F.max_pool3d(here[None, :, *box], 2 * reach + 1, stride=1, padding=reach)[0]  # (1, d, h, w)
             for _ in range(_FILTERS):
                 part = part + weight * (_mean(part[None])[0] - part)
             ddf[:, *box] = part
@@ -172,11 +172,11 @@ def _mend_group(
     ]
 
 
-def _groups(folded: Tensor) -> list[_Box]:
+def _groups(folded: Tensor, *, reach: int = _REACH) -> list[_Box]:
     """The boxes around the groups of voxels, (D, H, W), and what is near them."""
     if not folded.any():
         return []
-    near = ndimage.binary_dilation(folded.cpu().numpy(), iterations=_REACH)
+    near = ndimage.binary_dilation(folded.cpu().numpy(), iterations=reach)
     return list(ndimage.find_objects(ndimage.label(near)[0]))
 
 
