@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,8 @@ _REACH = 2  # voxels around a fold that give way, too
 _LEAST_AT_REST = 0.75  # below, the affine stage alone takes much of what the filter allows: good fields would suffer
 _STEPS = 8  # for one group, before what is left of it is grouped anew: less and less is looked at
 _ROUNDS = 25  # of such steps
-_LOOKS, _FILTERS = 10, 3  # at a coarser grid at most, and 3^3 mean filters from one to the next
+_LOOKS = 10  # at another grid, at most
+_SLAB = 16  # of that grid at a time: scans may be much larger than what a network sees
 _RATE = 0.2  # voxels for a lack of 1
 _SPARE = 0.02  # what a step aims at beyond the smallest determinant
 
@@ -47,8 +47,8 @@ def remove_folding(
     compression, and one to more than the double length for a fold. With the `grid` given, its determinant has to be
     above `smallest`, too, so that those who check a registration by that filter find no folds either.
 
-    A field without folds on a fine grid may still have some on a coarse one, whose derivatives reach farther: where
-    the field is going to be sampled on a coarser grid, `seen_on`, it is smoothed until that has none either.
+    A field without folds on one grid may still have some on another: derivatives of a coarser one reach farther, and
+    those of a finer one see each cell by itself. The field is changed where it folds on `seen_on`, too.
 
     Args:
         ddf: (3, D, H, W), voxels.
@@ -63,10 +63,13 @@ def remove_folding(
     """
     measures = _measures(grid, fixed_to_moving)
     ddf, before = _mend(ddf, measures, smallest)
-    if grid is not None and seen_on is not None and (seen_on.spacing > 1.001 * grid.spacing).any():
-        ddf, changed = _smooth_where_seen(ddf, grid, seen_on, _measures(seen_on, fixed_to_moving))
-        before += changed
-        if changed:
+    if grid is not None and seen_on is not None and not seen_on.is_close_to(grid):
+        seen_measures = _measures(seen_on, fixed_to_moving)
+        for _ in range(_LOOKS):
+            ddf, seen = _mend_seen(ddf, grid, seen_on, seen_measures)
+            if not seen:
+                break
+            before += seen
             ddf, _ = _mend(ddf, measures, smallest)
     return ddf, before
 
@@ -113,30 +116,48 @@ def _mend(ddf: Tensor, measures: Sequence[_Measure], smallest: float) -> tuple[T
     return ddf, before
 
 
-def _smooth_where_seen(ddf: Tensor, grid: Grid, coarse: Grid, measures: Sequence[_Measure]) -> tuple[Tensor, int]:
-    """Smooth `ddf`, (3, D, H, W) on `grid`, around the voxels of `coarse` at which it folds.
+def _mend_seen(ddf: Tensor, grid: Grid, other: Grid, measures: Sequence[_Measure]) -> tuple[Tensor, int]:
+    """Change `ddf`, (3, D, H, W) on `grid`, where the voxels of `other` see it fold.
 
     Returns:
         the field, and the number of these voxels.
     """
-    vectors = torch.from_numpy(np.linalg.inv(coarse.affine[:3, :3]) @ grid.affine[:3, :3]).to(ddf)
-    reach = math.ceil((coarse.spacing / grid.spacing).max())  # of a coarse derivative, in fine voxels
-    before = 0
-    for turn in range(_LOOKS):
-        seen = torch.einsum("ac,cijk->aijk", vectors, resample_to_grid(ddf, grid, coarse, padding_mode="border"))
-        folded = _smallest_determinant(seen, measures) <= 0
-        if not folded.any():
-            break
-        if turn == 0:
-            before, ddf = int(folded.sum()), ddf.clone()
-        here = resample_to_grid(folded[None].float(), coarse, grid, mode="nearest", padding_mode="border")
-        for box in _groups(here[0] > 0, reach=reach + 1):
-            part = ddf[:, *box]
-            weight = F.max_pool3d(here[None, :, *box], 2 * reach + 1, stride=1, padding=reach)[0]  # (1, d, h, w)
-            for _ in range(_FILTERS):
-                part = part + weight * (_mean(part[None])[0] - part)
-            ddf[:, *box] = part
-    return ddf, before
+    slabs = (slice(start, start + _SLAB) for start in range(0, other.shape[0], _SLAB))
+    rest = [slice(0, n) for n in other.shape[1:]]
+    folded = torch.cat([_seen_determinant(ddf, grid, other, (slab, *rest), measures) <= 0 for slab in slabs])
+    count = int(folded.sum())
+    ddf = ddf.clone() if count else ddf
+    for box in _groups(folded):
+        corners = grid.to_voxels(_part(other, [slice(s.start - 1, s.stop + 1) for s in box]).corners)
+        low, high = np.floor(corners.min(0)).clip(0), np.ceil(corners.max(0)).clip(None, np.array(grid.shape) - 1) + 1
+        inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+        around, part = _part(grid, inside), ddf[:, *inside].clone()
+        for _ in range(_STEPS * _ROUNDS):
+            with torch.enable_grad():
+                determinant = _seen_determinant(part.requires_grad_(), around, other, box, measures)
+                lacking = (_SPARE - determinant).clamp_min(0).sum()
+            if not (determinant <= 0).any():
+                break
+            (gradient,) = torch.autograd.grad(lacking, part)
+            part = part.detach() - gradient * (lacking / gradient.square().sum().clamp_min(1e-12))  # Polyak's step
+        ddf[:, *inside] = part.detach()
+    return ddf, count
+
+
+def _seen_determinant(ddf: Tensor, grid: Grid, other: Grid, box: _Box, measures: Sequence[_Measure]) -> Tensor:
+    """The smallest determinant of `ddf`, (3, D, H, W) on `grid`, at the voxels in a box of `other`."""
+    wide = [slice(max(s.start - 1, 0), min(s.stop + 1, n)) for s, n in zip(box, other.shape, strict=True)]
+    sampled = resample_to_grid(ddf, grid, _part(other, wide), padding_mode="border")
+    vectors = torch.from_numpy(np.linalg.inv(other.affine[:3, :3]) @ grid.affine[:3, :3]).to(sampled)
+    determinant = _smallest_determinant(torch.einsum("ac,cijk->aijk", vectors, sampled), measures)
+    return determinant[*(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, wide, strict=True))]
+
+
+def _part(grid: Grid, box: Sequence[slice]) -> Grid:
+    affine = grid.affine.copy()
+    affine[:3, 3] = grid.to_physical(np.array([[side.start for side in box]]))[0]
+    d, h, w = (side.stop - side.start for side in box)
+    return Grid((d, h, w), affine)
 
 
 def _mend_group(
@@ -172,11 +193,11 @@ def _mend_group(
     ]
 
 
-def _groups(folded: Tensor, *, reach: int = _REACH) -> list[_Box]:
+def _groups(folded: Tensor) -> list[_Box]:
     """The boxes around the groups of voxels, (D, H, W), and what is near them."""
     if not folded.any():
         return []
-    near = ndimage.binary_dilation(folded.cpu().numpy(), iterations=reach)
+    near = ndimage.binary_dilation(folded.cpu().numpy(), iterations=_REACH)
     return list(ndimage.find_objects(ndimage.label(near)[0]))
 
 

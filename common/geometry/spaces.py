@@ -87,6 +87,10 @@ class Grid:
         """(N, 3) LPS mm to (N, 3) voxel coordinates."""
         return np.linalg.solve(self.affine[:3, :3], (np.asarray(points, dtype=np.float64) - self.affine[:3, 3]).T).T
 
+    def is_close_to(self, other: Grid) -> bool:
+        """Whether both have the same voxels, but for rounding."""
+        return self.shape == other.shape and np.allclose(self.affine, other.affine, rtol=0, atol=1e-4)
+
     def extended(self, voxels: int) -> Grid:
         """The grid with so many voxels more at each end of each axis."""
         affine = self.affine.copy()

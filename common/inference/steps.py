@@ -222,8 +222,8 @@ class FinishRegistrationd(Transform):
     what MONAI Label sends back. The field itself is in `registration`.
 
     Args:
-        unfold: change the field where it folds on the network grid or on a coarser fixed one, or nearly does, or seems
-            to by ITK's measure, see `remove_folding`; `unfolded_voxels` says at how many voxels.
+        unfold: change the field where it folds on the network's grid or the fixed scan's, or nearly does, or seems to
+            by ITK's measure, see `remove_folding`; `unfolded_voxels` says at how many voxels.
     """
 
     def __init__(self, *, unfold: bool = True) -> None:
