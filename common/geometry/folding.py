@@ -48,7 +48,8 @@ def remove_folding(
     above `smallest`, too, so that those who check a registration by that filter find no folds either.
 
     A field without folds on one grid may still have some on another: derivatives of a coarser one reach farther, and
-    those of a finer one see each cell by itself. The field is changed where it folds on `seen_on`, too.
+    those of a finer one see each cell by itself. The field is changed where it folds (a
+    determinant of 0 or less) on `seen_on`, too.
 
     Args:
         ddf: (3, D, H, W), voxels.
@@ -64,13 +65,8 @@ def remove_folding(
     measures = _measures(grid, fixed_to_moving)
     ddf, before = _mend(ddf, measures, smallest)
     if grid is not None and seen_on is not None and not seen_on.is_close_to(grid):
-        seen_measures = _measures(seen_on, fixed_to_moving)
-        for _ in range(_LOOKS):
-            ddf, seen = _mend_seen(ddf, grid, seen_on, seen_measures)
-            if not seen:
-                break
-            before += seen
-            ddf, _ = _mend(ddf, measures, smallest)
+        ddf, seen = _mend_seen(ddf, grid, seen_on, measures, _measures(seen_on, fixed_to_moving), smallest)
+        before += seen
     return ddf, before
 
 
@@ -116,41 +112,74 @@ def _mend(ddf: Tensor, measures: Sequence[_Measure], smallest: float) -> tuple[T
     return ddf, before
 
 
-def _mend_seen(ddf: Tensor, grid: Grid, other: Grid, measures: Sequence[_Measure]) -> tuple[Tensor, int]:
-    """Change `ddf`, (3, D, H, W) on `grid`, where the voxels of `other` see it fold.
+def _mend_seen(
+    ddf: Tensor, grid: Grid, other: Grid, measures: Sequence[_Measure], seen: Sequence[_Measure], smallest: float
+) -> tuple[Tensor, int]:
+    """Change `ddf`, (3, D, H, W) on `grid`, where the voxels of `other` see it fold, and keep it as `_mend` left it.
 
     Returns:
         the field, and the number of these voxels.
     """
-    slabs = (slice(start, start + _SLAB) for start in range(0, other.shape[0], _SLAB))
-    rest = [slice(0, n) for n in other.shape[1:]]
-    folded = torch.cat([_seen_determinant(ddf, grid, other, (slab, *rest), measures) <= 0 for slab in slabs])
-    count = int(folded.sum())
-    ddf = ddf.clone() if count else ddf
-    for box in _groups(folded):
-        corners = grid.to_voxels(_part(other, [slice(s.start - 1, s.stop + 1) for s in box]).corners)
-        low, high = np.floor(corners.min(0)).clip(0), np.ceil(corners.max(0)).clip(None, np.array(grid.shape) - 1) + 1
-        inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-        around, part = _part(grid, inside), ddf[:, *inside].clone()
-        for _ in range(_STEPS * _ROUNDS):
-            with torch.enable_grad():
-                determinant = _seen_determinant(part.requires_grad_(), around, other, box, measures)
-                lacking = (_SPARE - determinant).clamp_min(0).sum()
-            if not (determinant <= 0).any():
-                break
-            (gradient,) = torch.autograd.grad(lacking, part)
-            part = part.detach() - gradient * (lacking / gradient.square().sum().clamp_min(1e-12))  # Polyak's step
-        ddf[:, *inside] = part.detach()
+    count = 0
+    boxes: list[_Box] = []
+    for start in range(0, other.shape[0], _SLAB):
+        slab = (slice(start, min(start + _SLAB, other.shape[0])), *(slice(0, n) for n in other.shape[1:]))
+        number, found = _look(ddf, grid, other, slab, seen)
+        count, boxes = count + number, boxes + found
+    ddf = ddf.clone() if boxes else ddf
+    for _ in range(_LOOKS):
+        for box in boxes:
+            _mend_seen_group(ddf, grid, other, box, seen)
+        if boxes:
+            ddf, _ = _mend(ddf, measures, smallest)
+        boxes = [rest for box in boxes for rest in _look(ddf, grid, other, _grown(box, 2, other), seen)[1]]
     return ddf, count
+
+
+def _look(ddf: Tensor, grid: Grid, other: Grid, box: _Box, measures: Sequence[_Measure]) -> tuple[int, list[_Box]]:
+    """The number of voxels in a box of `other` at which `ddf`, on `grid`, folds, and the boxes around their groups."""
+    folded = _seen_determinant(ddf, grid, other, box, measures) <= 0
+    return int(folded.sum()), [_moved(group, [side.start for side in box]) for group in _groups(folded)]
+
+
+def _mend_seen_group(ddf: Tensor, grid: Grid, other: Grid, box: _Box, measures: Sequence[_Measure]) -> None:
+    """Change `ddf`, (3, D, H, W) on `grid`, in place until it does not fold in a box of `other`."""
+    corners = grid.to_voxels(_part(other, _grown(box, 1, other)).corners)
+    last = np.array(grid.shape) - 1
+    low = np.floor(corners.min(0)).clip(0, last - 1)  # two voxels at least, between which something can be sampled
+    high = np.ceil(corners.max(0)).clip(low + 1, last) + 1
+    inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    around, part = _part(grid, inside), ddf[:, *inside].clone()
+    for _ in range(_STEPS * _ROUNDS):
+        with torch.enable_grad():
+            determinant = _seen_determinant(part.requires_grad_(), around, other, box, measures)
+            lacking = (_SPARE - determinant).clamp_min(0).sum()
+        if not (determinant <= 0).any():
+            break
+        (gradient,) = torch.autograd.grad(lacking, part)
+        # Polyak's step: to where the lack would end if it were linear, but half a voxel at most
+        step = float(lacking.detach() / gradient.square().sum().clamp_min(1e-12))
+        part = part.detach() - min(step, 0.5 / max(float(gradient.abs().max()), 1e-6)) * gradient
+    ddf[:, *inside] = part.detach()
 
 
 def _seen_determinant(ddf: Tensor, grid: Grid, other: Grid, box: _Box, measures: Sequence[_Measure]) -> Tensor:
     """The smallest determinant of `ddf`, (3, D, H, W) on `grid`, at the voxels in a box of `other`."""
-    wide = [slice(max(s.start - 1, 0), min(s.stop + 1, n)) for s, n in zip(box, other.shape, strict=True)]
+    wide = _grown(box, 1, other)
     sampled = resample_to_grid(ddf, grid, _part(other, wide), padding_mode="border")
     vectors = torch.from_numpy(np.linalg.inv(other.affine[:3, :3]) @ grid.affine[:3, :3]).to(sampled)
     determinant = _smallest_determinant(torch.einsum("ac,cijk->aijk", vectors, sampled), measures)
-    return determinant[*(slice(s.start - w.start, s.stop - w.start) for s, w in zip(box, wide, strict=True))]
+    return determinant[*_moved(box, [-side.start for side in wide])]
+
+
+def _grown(box: _Box, voxels: int, grid: Grid) -> _Box:
+    """As far as the grid goes."""
+    ends = zip(box, grid.shape, strict=True)
+    return tuple(slice(max(side.start - voxels, 0), min(side.stop + voxels, n)) for side, n in ends)
+
+
+def _moved(box: _Box, by: Sequence[int]) -> _Box:
+    return tuple(slice(side.start + n, side.stop + n) for side, n in zip(box, by, strict=True))
 
 
 def _part(grid: Grid, box: Sequence[slice]) -> Grid:
@@ -167,7 +196,7 @@ def _mend_group(
     around = tuple(slice(max(side.start - 2, 0), side.stop + 2) for side in box)
     part = ddf[:, *around].clone()
     movable = torch.zeros_like(part[:1])
-    movable[:, *(slice(s.start - a.start, s.stop - a.start) for s, a in zip(box, around, strict=True))] = 1
+    movable[:, *_moved(box, [-side.start for side in around])] = 1
     # Outermost voxels have no neighbours for a derivative here, unless the field itself ends with them.
     known = torch.zeros_like(part[0], dtype=torch.bool)
     ends = zip(around, ddf.shape[1:], strict=True)
@@ -187,10 +216,7 @@ def _mend_group(
             (gradient,) = torch.autograd.grad(lacking, part)
             part = part.detach() - _RATE * gradient * movable
     ddf[:, *around] = part.detach()
-    return [
-        tuple(slice(s.start + a.start, s.stop + a.start) for s, a in zip(group, around, strict=True))
-        for group in _groups(folded)
-    ]
+    return [_moved(group, [side.start for side in around]) for group in _groups(folded)]
 
 
 def _groups(folded: Tensor) -> list[_Box]:

@@ -95,6 +95,14 @@ class TestOnAnotherGrid:
         assert not folds(self.seen(result, other)).any()
         assert (result == alone).all(dim=0).float().mean() > 0.7
 
+    def test_a_scan_that_reaches_beyond_the_field(self) -> None:
+        """There the field goes on as it ends, and far outside nothing of it can fold."""
+        affine = self.GRID.affine.copy()
+        affine[:3, 3] -= 12.0
+        other = Grid((60, 60, 60), affine)
+        result, _ = remove_folding(random_field(2.7, seed=1), grid=self.GRID, seen_on=other)
+        assert not folds(self.seen(result, other)).any()
+
     def test_a_field_without_folds_is_returned_as_it_is(self) -> None:
         ddf = 0.3 * random_field(1.0)
         result, voxels = remove_folding(ddf, grid=self.GRID, seen_on=self.GRID.with_spacing(1.7))
