@@ -48,8 +48,7 @@ def remove_folding(
     above `smallest`, too, so that those who check a registration by that filter find no folds either.
 
     A field without folds on one grid may still have some on another: derivatives of a coarser one reach farther, and
-    those of a finer one see each cell by itself. The field is changed where it folds (a
-    determinant of 0 or less) on `seen_on`, too.
+    those of a finer one see each cell by itself. The field is changed where it folds on `seen_on`, too (0 or less).
 
     Args:
         ddf: (3, D, H, W), voxels.

@@ -165,10 +165,7 @@ class Registration:
         self.pair = pair
         self.fixed_to_moving = fixed_to_moving
         padded = torch.nn.functional.pad(ddf[None].float().cpu(), (_MARGIN,) * 6, mode="replicate")[0]
-        affine = network_grid.affine.copy()
-        affine[:3, 3] = network_grid.to_physical(np.full((1, 3), -float(_MARGIN)))[0]
-        d, h, w = padded.shape[1:]
-        self.field_grid = Grid((d, h, w), affine)
+        self.field_grid = network_grid.extended(_MARGIN)
         self.displacement = ddf_to_displacement(padded, self.field_grid)  # (D, H, W, 3) LPS mm
         self.transform = build_transform(fixed_to_moving, self.displacement, self.field_grid)
         self._uncertainty = uncertainty
